@@ -1,0 +1,166 @@
+"""Metrics: logits and answers in, one score per row out. Nothing here runs a model.
+
+A metric says which logits it reads, so that a sweep computes no others:
+
+* ``"answers"``  only the columns of the answer tokens, at the last position;
+* ``"last"``     the whole vocabulary at the last position;
+* ``"all"``      the whole tensor ``[batch, pos, d_vocab]``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from patching.errors import MetricError, unknown
+
+Reads = Literal["answers", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The tokens that count as correct and as incorrect after one clean prompt."""
+
+    correct: tuple[int, ...]
+    incorrect: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """The answers of several rows as padded tensors.
+
+    ``correct`` and ``incorrect`` index the last axis of the logits they are scored with;
+    the masks are False where a row has fewer answers than the widest one.
+    """
+
+    correct: Int[Tensor, "batch n_correct"]
+    correct_mask: Bool[Tensor, "batch n_correct"]
+    incorrect: Int[Tensor, "batch n_incorrect"]
+    incorrect_mask: Bool[Tensor, "batch n_incorrect"]
+    reference: Float[Tensor, "batch d_vocab"] | None = None
+    """Log-probabilities of the clean run at the last position, for metrics that compare with it."""
+
+    @classmethod
+    def of(cls, answers: Sequence[Answers], device: torch.device | str = "cpu") -> "AnswerBatch":
+        correct, correct_mask = _padded([a.correct for a in answers], device)
+        incorrect, incorrect_mask = _padded([a.incorrect for a in answers], device)
+        return cls(correct, correct_mask, incorrect, incorrect_mask)
+
+    def __getitem__(self, rows: Int[Tensor, " n"]) -> "AnswerBatch":
+        return AnswerBatch(
+            self.correct[rows],
+            self.correct_mask[rows],
+            self.incorrect[rows],
+            self.incorrect_mask[rows],
+            None if self.reference is None else self.reference[rows],
+        )
+
+    @property
+    def columns(self) -> Int[Tensor, "batch n_columns"]:
+        """The vocabulary columns that these answers read, correct ones first."""
+        return torch.cat([self.correct, self.incorrect], dim=1)
+
+    def compact(self) -> "AnswerBatch":
+        """The same answers for logits that hold only ``columns``, in that order."""
+        batch, n = self.correct.shape
+        m = self.incorrect.shape[1]
+        index = torch.arange(n + m, device=self.correct.device).expand(batch, -1)
+        return replace(self, correct=index[:, :n], incorrect=index[:, n:])
+
+
+def _padded(
+    ids: Sequence[Sequence[int]], device: torch.device | str
+) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+    width = max((len(row) for row in ids), default=0)
+    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], dtype=torch.long)
+    mask = torch.tensor([[j < len(row) for j in range(width)] for row in ids], dtype=torch.bool)
+    shape = (len(ids), width)
+    return padded.view(shape).to(device), mask.view(shape).to(device)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named score with the logits it reads and whether it needs incorrect answers."""
+
+    name: str
+    reads: Reads
+    score: Callable[[Tensor, AnswerBatch], Tensor]
+    needs_incorrect: bool = False
+    needs_reference: bool = False
+
+    def __call__(self, logits: Tensor, answers: AnswerBatch) -> Float[Tensor, " batch"]:
+        """Score rows of logits ``[batch, d_vocab]`` (``[batch, pos, d_vocab]`` where it reads all)."""
+        return self.score(logits, answers)
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum(-1) / mask.sum(-1)
+
+
+def _sum(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum(-1)
+
+
+def _best(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask, float("-inf")).amax(-1)
+
+
+def logit_diff(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tensor:
+    """Mean logit of the correct answers minus mean logit of the incorrect ones."""
+    correct = _mean(logits.gather(1, answers.correct), answers.correct_mask)
+    return correct - _mean(logits.gather(1, answers.incorrect), answers.incorrect_mask)
+
+
+def prob_diff(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tensor:
+    """Probability of all correct answers together minus that of all incorrect ones, in -1..1."""
+    probs = logits.softmax(-1)
+    correct = _sum(probs.gather(1, answers.correct), answers.correct_mask)
+    return correct - _sum(probs.gather(1, answers.incorrect), answers.incorrect_mask)
+
+
+def prob(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tensor:
+    """Probability of all correct answers together, in 0..1."""
+    return _sum(logits.softmax(-1).gather(1, answers.correct), answers.correct_mask)
+
+
+def log_prob(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tensor:
+    """Natural logarithm of the probability of all correct answers together (nats, at most 0)."""
+    log_probs = logits.log_softmax(-1).gather(1, answers.correct)
+    return log_probs.masked_fill(~answers.correct_mask, float("-inf")).logsumexp(-1)
+
+
+def kl_div(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tensor:
+    """KL(clean ‖ this run) over the next token, in nats; 0 where the two agree."""
+    assert answers.reference is not None, "kl_div is scored against the clean run's log-probabilities"
+    reference = answers.reference
+    return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
+
+
+def accuracy(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tensor:
+    """1.0 where the best correct answer has a higher logit than every incorrect one, else 0.0."""
+    correct = _best(logits.gather(1, answers.correct), answers.correct_mask)
+    incorrect = _best(logits.gather(1, answers.incorrect), answers.incorrect_mask)
+    return (correct > incorrect).to(logits.dtype)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("logit_diff", "answers", logit_diff, needs_incorrect=True),
+        Metric("accuracy", "answers", accuracy, needs_incorrect=True),
+        Metric("prob_diff", "last", prob_diff, needs_incorrect=True),
+        Metric("prob", "last", prob),
+        Metric("log_prob", "last", log_prob),
+        Metric("kl_div", "last", kl_div, needs_reference=True),
+    )
+}
+
+
+def named(name: str) -> Metric:
+    """The built-in metric of that name."""
+    if name not in METRICS:
+        raise MetricError(unknown("metric", name, METRICS))
+    return METRICS[name]
