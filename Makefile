@@ -1,0 +1,69 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-tl4 lint format typecheck bench clean
+
+# The first interpreter that runs and is new enough; 3.11 is the tested one. Override with PYTHON=...
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV ?= .venv
+VENV_TL4 ?= .venv-tl4
+
+# Nothing here needs a model hub, so nothing waits for one.
+# For a model from the hub: HF_HUB_OFFLINE=0 make demo ARGS="--model gpt2-small"
+export HF_HUB_OFFLINE ?= 1
+
+# One worker per core, one torch thread per worker: small models gain more from that than from threads.
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n auto --maxprocesses 8 $(ARGS)
+
+help:
+	@echo "make demo       run demo.py offline on the embedded model; writes heatmaps"
+	@echo "make test       run the tests (TransformerLens 3.9)"
+	@echo "make test-tl4   run the same tests with TransformerLens 4.3"
+	@echo "make lint       ruff: rules and formatting"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make typecheck  mypy"
+	@echo "make bench      time a sweep against one whole forward per site"
+	@echo "make clean      remove the environments and everything built"
+	@echo "Each makes the environment it needs. More arguments: ARGS='-k sweep'"
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python demo.py $(ARGS)
+
+test: $(VENV)/.installed
+	$(call PYTEST,$(VENV))
+
+test-tl4: $(VENV_TL4)/.installed
+	$(call PYTEST,$(VENV_TL4))
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+typecheck: $(VENV)/.installed
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python experiments/bench.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV_TL4) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The stamp is written last: an install that was cut short is done again, a finished one costs nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call INSTALL,$(VENV),.[test$(,)dev],constraints.txt)
+
+$(VENV_TL4)/.installed: pyproject.toml constraints-tl4.txt
+	$(call INSTALL,$(VENV_TL4),.[test],constraints-tl4.txt)
+
+, := ,
+define INSTALL
+	@test -x $(1)/bin/python || test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; name one with make PYTHON=..."; exit 1; }
+	@echo "Making the environment $(1) ($(3)); a minute or two."
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install -qq --disable-pip-version-check -e "$(2)" -c $(3)
+	@touch $@
+endef
