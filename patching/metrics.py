@@ -7,6 +7,7 @@ A metric says which logits it reads, so that a sweep computes no others:
 * ``"all"``      the whole tensor ``[batch, pos, d_vocab]``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -164,3 +165,92 @@ def named(name: str) -> Metric:
     if name not in METRICS:
         raise MetricError(unknown("metric", name, METRICS))
     return METRICS[name]
+
+
+class Scorer(ABC):
+    """A metric bound to the pairs of a sweep: logits and pair numbers in, one score per row out."""
+
+    name: str
+    reads: Reads
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, pairs: Sequence[int]) -> Float[Tensor, " batch"]:
+        """Score rows of logits; row ``i`` belongs to pair ``pairs[i]``."""
+
+
+class AnswerScorer(Scorer):
+    """A built-in metric with the answers of every pair."""
+
+    def __init__(self, metric: Metric, answers: AnswerBatch) -> None:
+        self.metric = metric
+        self.answers = answers
+        self.name = metric.name
+        self.reads: Reads = metric.reads
+
+    def __call__(self, logits: Tensor, pairs: Sequence[int]) -> Float[Tensor, " batch"]:
+        if logits.dim() == 3:
+            logits = logits[:, -1]
+        return self.metric(_at_least_float32(logits), self._rows(pairs))
+
+    def columns(self, pairs: Sequence[int]) -> Int[Tensor, "batch n_columns"]:
+        """The vocabulary columns that these rows read."""
+        return self._rows(pairs).columns
+
+    def compact(self, logits: Tensor, pairs: Sequence[int]) -> Float[Tensor, " batch"]:
+        """Score rows whose logits hold :meth:`columns` only."""
+        return self.metric(_at_least_float32(logits), self._rows(pairs).compact())
+
+    def _rows(self, pairs: Sequence[int]) -> AnswerBatch:
+        return self.answers[torch.as_tensor(pairs, device=self.answers.correct.device)]
+
+    def against(self, reference: Float[Tensor, "pair d_vocab"]) -> "AnswerScorer":
+        """The same scorer, comparing with these last-position logits of the clean runs."""
+        log_probs = _at_least_float32(reference).log_softmax(-1)
+        return AnswerScorer(self.metric, replace(self.answers, reference=log_probs))
+
+
+class CallableScorer(Scorer):
+    """A user's function on logits ``[batch, pos, d_vocab]`` that returns ``[batch]``."""
+
+    reads: Reads = "all"
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", "custom")
+
+    def __call__(self, logits: Tensor, pairs: Sequence[int]) -> Float[Tensor, " batch"]:
+        scores = self.function(logits)
+        if not isinstance(scores, Tensor) or scores.shape != logits.shape[:1]:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise MetricError(
+                f"the metric {self.name!r} returned {got} for logits of shape "
+                f"{tuple(logits.shape)}; expected a tensor of shape ({len(logits)},): one score per row."
+            )
+        return scores
+
+
+class PairScorer(Scorer):
+    """A dataset's own ``compute_metric``, called with logits ``[1, pos, d_vocab]`` of one pair."""
+
+    reads: Reads = "all"
+
+    def __init__(self, compute_metric: Callable[[Tensor, int], float]) -> None:
+        self.compute_metric = compute_metric
+        self.name = "compute_metric"
+
+    def __call__(self, logits: Tensor, pairs: Sequence[int]) -> Float[Tensor, " batch"]:
+        scores = [self._score(logits[i : i + 1], pair) for i, pair in enumerate(pairs)]
+        return torch.tensor(scores, dtype=torch.float64)
+
+    def _score(self, logits: Tensor, pair: int) -> float:
+        score = self.compute_metric(logits, pair)
+        try:
+            return float(score)
+        except (TypeError, ValueError) as error:
+            raise MetricError(
+                f"compute_metric returned {type(score).__name__} for pair {pair}; expected one number."
+            ) from error
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

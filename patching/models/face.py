@@ -1,0 +1,232 @@
+"""One face over TransformerLens' two model classes: tokens, hook names, runs and read-out.
+
+The rest of the package talks to a :class:`LanguageModel` and never asks which class is behind it.
+What differs between ``HookedTransformer`` and ``TransformerBridge`` is in ``hooked`` and ``bridge``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from patching.errors import ModelError, SiteError
+from patching.sites import ModelShape, activation_of
+
+Write = Callable[[Tensor], Tensor]
+"""Takes an activation as the run holds it and returns what is to stand there instead."""
+
+Hook = tuple[str, Callable[..., Tensor | None]]
+
+
+class LanguageModel(ABC):
+    """A HookedTransformer or TransformerBridge, seen the same way.
+
+    Every run happens in eval mode and without gradients inside :meth:`at_rest`, which puts the
+    model back as it was found, also after an exception.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cfg = model.cfg
+
+    # -- what the model is ------------------------------------------------------------------
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.cfg.n_layers)
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.cfg.n_heads)
+
+    @property
+    def n_key_value_heads(self) -> int:
+        """How many heads ``k`` and ``v`` have: fewer than ``n_heads`` with grouped attention."""
+        grouped = getattr(self.cfg, "n_key_value_heads", None)
+        if grouped is None or getattr(self.cfg, "ungroup_grouped_query_attention", False):
+            return self.n_heads
+        return int(grouped)
+
+    @property
+    def d_vocab(self) -> int:
+        """How many logits there are at a position."""
+        out = getattr(self.cfg, "d_vocab_out", -1)
+        return int(out if out and out > 0 else self.cfg.d_vocab)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first block, and so the token ids, live."""
+        return next(iter(self.model.parameters())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.model.parameters())).dtype
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.cfg, "model_name", "custom"))
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The counts and hook names that a grid of sites is made from."""
+        attn_only = bool(getattr(self.cfg, "attn_only", False))
+        d_mlp = None if attn_only else getattr(self.cfg, "d_mlp", None)
+        return ModelShape(
+            self.n_layers, self.n_heads, self.n_key_value_heads, d_mlp, frozenset(self.hook_points())
+        )
+
+    @abstractmethod
+    def hook_points(self) -> list[str]:
+        """Every hook name that fires on this model, familiar aliases included, sorted."""
+
+    # -- tokens -----------------------------------------------------------------------------
+
+    def tokens(self, prompt: str | Int[Tensor, " pos"]) -> Int[Tensor, " pos"]:
+        """Token ids of a prompt, with BOS where the model's default adds one to text."""
+        if isinstance(prompt, str):
+            if self.model.tokenizer is None:
+                raise ModelError(
+                    f"the prompt {prompt!r} is text, but this model has no tokenizer; "
+                    "give prompts as 1-D tensors of token ids."
+                )
+            return self.model.to_tokens(prompt)[0].to(self.device)
+        ids = torch.as_tensor(prompt, device=self.device)
+        if ids.dim() != 1 or ids.is_floating_point() or not len(ids):
+            raise ModelError(
+                "a prompt of token ids is a 1-D integer tensor with at least one token; "
+                f"got shape {tuple(ids.shape)} and dtype {ids.dtype}."
+            )
+        return ids.long()
+
+    def str_tokens(self, tokens: Int[Tensor, " pos"]) -> list[str]:
+        """The tokens as text; the bare ids where the model has no tokenizer."""
+        if self.model.tokenizer is None:
+            return [str(int(token)) for token in tokens]
+        return [self.model.tokenizer.decode([int(token)]) for token in tokens]
+
+    # -- runs -------------------------------------------------------------------------------
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook] = ()
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """One forward pass of unpadded rows, with forward hooks on it."""
+        return self.model.run_with_hooks(tokens, fwd_hooks=list(hooks), return_type="logits")
+
+    def cache(
+        self, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
+        """One forward pass with the activations of the hook points ``names``."""
+        if not names:
+            return self.logits(tokens), {}
+        logits, cache = self.model.run_with_cache(
+            tokens, names_filter=list(names), return_cache_object=False
+        )
+        silent = [name for name in names if name not in cache]
+        if silent:
+            raise SiteError(f"hook points that never fired in a forward pass: {', '.join(silent)}.")
+        return logits, {name: cache[name] for name in names}
+
+    @contextmanager
+    def at_rest(self, names: Sequence[str] = ()) -> Iterator[None]:
+        """Eval mode, no gradients, and the switches that ``names`` need; all restored on leaving."""
+        training = self.model.training
+        needs_result = any(name.endswith("attn.hook_result") for name in names)
+        with_result = bool(getattr(self.cfg, "use_attn_result", False))
+        self.model.eval()
+        try:
+            if needs_result and not with_result:
+                self._use_attn_result(True)
+            with torch.no_grad(), self._random_state():
+                yield
+        finally:
+            if needs_result and not with_result:
+                self._use_attn_result(False)
+            self.model.train(training)
+
+    def _use_attn_result(self, on: bool) -> None:
+        try:
+            self.model.set_use_attn_result(on)
+        except NotImplementedError as error:
+            raise ModelError(f"this model cannot compute 'result': {error}") from error
+
+    def _random_state(self) -> AbstractContextManager[None]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        return torch.random.fork_rng(devices=devices)
+
+    # -- writing ----------------------------------------------------------------------------
+
+    def writers(self, hook_point: str, write: Write) -> list[Hook]:
+        """Forward hooks that make a run hold ``write(activation)`` at ``hook_point``."""
+
+        def replace(activation: Tensor, hook: Any) -> Tensor:
+            return write(activation)
+
+        return [(hook_point, replace)]
+
+    def check_writable(self, hook_points: Sequence[str], tokens: Int[Tensor, " pos"]) -> None:
+        """Raise :class:`SiteError` for hook points whose value the model does not read.
+
+        Some hook points only show a value, and patching them would give zeros that look like a
+        measurement. One forward pass for each kind of hook point tells.
+        """
+        kinds = {activation_of(name).hook: name for name in hook_points}
+        batch = tokens[None]
+        base = self.logits(batch)
+        inert = [
+            name
+            for name in kinds.values()
+            if torch.equal(base, self.logits(batch, self.writers(name, _disturbed)))
+        ]
+        if inert:
+            raise SiteError(
+                f"this model does not read what is written at {', '.join(sorted(inert))}: patching "
+                "there changes nothing. Patch "
+                f"{' or '.join(sorted({_instead(name) for name in inert}))} instead."
+            )
+
+    # -- read-out ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def read_out(
+        self, resid: Float[Tensor, "batch d_model"], columns: Int[Tensor, " columns"] | None = None
+    ) -> Float[Tensor, "batch columns"]:
+        """Logits from the residual stream after the last block: all of them, or some columns."""
+
+
+def _disturbed(activation: Tensor) -> Tensor:
+    """A clearly different activation that keeps masked (infinite) entries where they are."""
+    ramp = torch.linspace(0.5, 1.5, activation.numel(), device=activation.device)
+    changed = activation * ramp.view(activation.shape).to(activation.dtype) + ramp.view(
+        activation.shape
+    ).to(activation.dtype)
+    return torch.where(activation.isfinite() & (activation > -1e4), changed, activation)
+
+
+def _instead(hook_point: str) -> str:
+    """What carries the same information and is read by every model."""
+    name = activation_of(hook_point).name
+    return {"attn_scores": "'q' and 'k'", "pattern": "'z'"}.get(name, "another activation")
+
+
+def face_of(model: Any) -> LanguageModel:
+    """The face of a TransformerLens model; :class:`ModelError` for anything else."""
+    from patching.models.bridge import BridgeModel
+    from patching.models.hooked import HookedModel
+
+    if isinstance(model, LanguageModel):
+        return model
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "HookedTransformer" in kinds:
+        return HookedModel(model)
+    if "TransformerBridge" in kinds:
+        return BridgeModel(model)
+    raise ModelError(
+        f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}. "
+        "Load one with patching.load_model, or wrap a Hugging Face model with "
+        "TransformerBridge.boot_transformers(name, hf_model=model)."
+    )

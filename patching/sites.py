@@ -1,0 +1,375 @@
+"""Sites: hook names, axes and grids. Which activations a sweep patches, as plain names and numbers.
+
+A :class:`Site` is a place in the model; a cell of a :class:`Grid` is the set of sites that one
+patched run writes together. Nothing here knows tensors, models or prompts.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from patching.errors import SiteError, unknown
+
+AXES = ("layer", "pos", "role", "head", "neuron", "dest_pos", "src_pos")
+"""The axes a sweep can enumerate."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One kind of activation: its TransformerLens short name, hook name and axes."""
+
+    name: str
+    hook: str
+    """Hook name with ``{layer}`` where the layer number goes."""
+    axes: tuple[str, ...]
+    """The tensor's patchable axes in order, after the batch axis."""
+
+    def hook_point(self, layer: int) -> str:
+        return self.hook.format(layer=layer)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    name: Activation(name, f"blocks.{{layer}}.{hook}", axes)
+    for name, hook, axes in (
+        ("resid_pre", "hook_resid_pre", ("pos",)),
+        ("resid_mid", "hook_resid_mid", ("pos",)),
+        ("resid_post", "hook_resid_post", ("pos",)),
+        ("attn_out", "hook_attn_out", ("pos",)),
+        ("mlp_out", "hook_mlp_out", ("pos",)),
+        ("z", "attn.hook_z", ("pos", "head")),
+        ("q", "attn.hook_q", ("pos", "head")),
+        ("k", "attn.hook_k", ("pos", "kv_head")),
+        ("v", "attn.hook_v", ("pos", "kv_head")),
+        ("result", "attn.hook_result", ("pos", "head")),
+        ("pattern", "attn.hook_pattern", ("head", "dest_pos", "src_pos")),
+        ("attn_scores", "attn.hook_attn_scores", ("head", "dest_pos", "src_pos")),
+        ("pre", "mlp.hook_pre", ("pos", "neuron")),
+        ("post", "mlp.hook_post", ("pos", "neuron")),
+    )
+}
+"""The activations a sweep knows by short name."""
+
+_BY_HOOK = {activation.hook: activation for activation in ACTIVATIONS.values()}
+_LAYER = re.compile(r"^blocks\.(\d+)\.(.+)$")
+
+
+def split_layer(hook_point: str) -> tuple[int | None, str]:
+    """``"blocks.3.attn.hook_z"`` -> ``(3, "blocks.{layer}.attn.hook_z")``; no layer -> ``None``."""
+    match = _LAYER.match(hook_point)
+    if match is None:
+        return None, hook_point
+    return int(match[1]), f"blocks.{{layer}}.{match[2]}"
+
+
+def activation_of(hook_point: str) -> Activation:
+    """What a full hook name holds. Names outside ``ACTIVATIONS`` can be patched over ``pos`` only."""
+    _, hook = split_layer(hook_point)
+    return _BY_HOOK.get(hook) or Activation(hook_point, hook, ("pos",))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place to patch: a hook point, narrowed on the axes that are given.
+
+    ``None`` on an axis means that the whole axis is patched. ``pos`` is a token position (negative
+    counts from the end of the prompt) or the name of a role, such as ``"S2"``, that the dataset
+    places in each pair. ``k`` and ``v`` count key/value heads.
+    """
+
+    hook_point: str
+    pos: int | str | None = None
+    head: int | None = None
+    neuron: int | None = None
+    dest_pos: int | None = None
+    src_pos: int | None = None
+
+    @property
+    def layer(self) -> int | None:
+        return split_layer(self.hook_point)[0]
+
+    @property
+    def activation(self) -> Activation:
+        return activation_of(self.hook_point)
+
+    def positions(self, length: int, roles: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+        """The token positions written in a prompt of ``length`` tokens; ``None`` if it has no such
+        position or role. For attention patterns these are destination positions."""
+        pos = self.dest_pos if "dest_pos" in self.activation.axes else self.pos
+        if self.src_pos is not None and not -length <= self.src_pos < length:
+            return None
+        if pos is None:
+            return tuple(range(length))
+        if isinstance(pos, str):
+            return roles.get(pos)
+        return (pos % length,) if -length <= pos < length else None
+
+    def __str__(self) -> str:
+        axes = ("pos", "head", "neuron", "dest_pos", "src_pos")
+        given = [f"{a}={v}" for a in axes if (v := getattr(self, a)) is not None]
+        return f"{self.hook_point}[{', '.join(given)}]" if given else self.hook_point
+
+
+Cell = tuple[Site, ...]
+"""Sites that one patched run writes together; the empty cell does not exist on this model."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The counts a grid needs to know of a model."""
+
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    d_mlp: int | None
+    hook_points: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a sweep in row-major order over named axes."""
+
+    axes: dict[str, tuple]
+    cells: tuple[Cell, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(values) for values in self.axes.values())
+
+    def hook_points(self) -> list[str]:
+        """Every hook point that some cell writes, sorted."""
+        return sorted({site.hook_point for cell in self.cells for site in cell})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The user's narrowing of the axes; ``None`` leaves an axis whole."""
+
+    layers: Sequence[int] | None = None
+    positions: Sequence[int | str] | None = None
+    heads: Sequence[int] | None = None
+    window: int = 1
+
+
+def grid(
+    activation: str | Site | Sequence[str] | Sequence[Site],
+    over: Sequence[str],
+    shape: ModelShape,
+    *,
+    n_pos: int,
+    roles: Sequence[str] = (),
+    choice: Choice = Choice(),
+) -> Grid:
+    """All cells of a sweep of ``activation`` over the axes ``over``.
+
+    ``n_pos`` is the longest prompt's length and ``roles`` the role names the dataset knows.
+    A list of activations adds a leading ``activation`` axis; a list of sites is one axis ``site``.
+    Raises :class:`SiteError` for anything that does not exist, naming what does.
+    """
+    items = [activation] if isinstance(activation, str | Site) else list(activation)
+    if not items:
+        raise SiteError("no activation to sweep: give a name, a list of names or a list of sites.")
+    if all(isinstance(item, Site) for item in items):
+        return _site_grid([item for item in items if isinstance(item, Site)], shape, n_pos, roles)
+    kinds = [_kind(item, shape) for item in items if isinstance(item, str)]
+    if len(kinds) != len(items):
+        raise SiteError("a sweep takes names of activations or sites, not both in one list.")
+    _check_request(kinds, over, shape, n_pos, roles, choice)
+    values = {axis: _axis_values(axis, kinds, shape, n_pos, roles, choice) for axis in over}
+    points = list(itertools.product(*values.values()))
+    cells = tuple(
+        _cell(kind, dict(zip(over, point)), shape, choice) for kind in kinds for point in points
+    )
+    if isinstance(activation, str):
+        return Grid(values, cells)
+    names = tuple(item for item in items if isinstance(item, str))
+    return Grid({"activation": names, **values}, cells)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A requested activation: all layers of it, or one where a full hook name was given."""
+
+    activation: Activation
+    layers: tuple[int, ...] | None
+    """``None`` for a hook point outside the blocks."""
+
+    def heads(self, shape: ModelShape) -> int:
+        grouped = "kv_head" in self.activation.axes
+        return shape.n_key_value_heads if grouped else shape.n_heads
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        layer = () if self.layers is None else ("layer",)
+        own = tuple("head" if a == "kv_head" else a for a in self.activation.axes)
+        return layer + own + (("role",) if "pos" in own else ())
+
+
+def _kind(name: str, shape: ModelShape) -> _Kind:
+    if name in ACTIVATIONS:
+        found = ACTIVATIONS[name]
+        layers = tuple(l for l in range(shape.n_layers) if found.hook_point(l) in shape.hook_points)
+        if not layers:
+            raise SiteError(
+                f"this model has no {name!r}: no hook point {found.hook!r} in any of its "
+                f"{shape.n_layers} layers. Available: {', '.join(_available(shape))}."
+            )
+        return _Kind(found, layers)
+    if name not in shape.hook_points:
+        raise SiteError(
+            unknown("activation or hook point", name, _available(shape))
+            + f" Full hook names work too, e.g. 'blocks.0.hook_resid_pre'{_nearest(name, shape)}."
+        )
+    layer, _ = split_layer(name)
+    return _Kind(activation_of(name), None if layer is None else (layer,))
+
+
+def _available(shape: ModelShape) -> list[str]:
+    return [n for n, a in ACTIVATIONS.items() if a.hook_point(0) in shape.hook_points]
+
+
+def _nearest(name: str, shape: ModelShape) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, shape.hook_points, n=3)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def _check_request(
+    kinds: Sequence[_Kind],
+    over: Sequence[str],
+    shape: ModelShape,
+    n_pos: int,
+    roles: Sequence[str],
+    choice: Choice,
+) -> None:
+    bad: list[str] = []
+    for axis in over:
+        if axis not in AXES:
+            bad.append(unknown("axis", axis, AXES))
+        for kind in kinds:
+            if axis in AXES and axis not in kind.axes:
+                bad.append(
+                    f"{kind.activation.name!r} has no axis {axis!r}; its axes: {', '.join(kind.axes)}."
+                )
+    if len(set(over)) != len(over):
+        bad.append(f"an axis is named twice in over={tuple(over)}.")
+    if {"pos", "role"} <= set(over):
+        bad.append("'pos' and 'role' both name token positions: sweep over one of them.")
+    if "role" in over and not roles:
+        bad.append("this dataset names no roles; sweep over 'pos', or override its roles().")
+    layers = {layer for kind in kinds for layer in kind.layers or ()}
+    bad += _outside("layer", choice.layers, layers)
+    heads = set(range(max(kind.heads(shape) for kind in kinds)))
+    bad += _outside("head", choice.heads, heads if any("head" in k.axes for k in kinds) else set())
+    for pos in choice.positions or ():
+        if isinstance(pos, str) and pos not in roles:
+            bad.append(unknown("role", pos, roles or ["none in this dataset"]))
+        elif not isinstance(pos, str) and not -n_pos <= pos < n_pos:
+            bad.append(f"position {pos} is outside the prompts: the longest has {n_pos} tokens.")
+    if choice.window < 1 or (choice.window > 1 and "layer" not in over):
+        bad.append(
+            f"window={choice.window}: a window joins consecutive layers, so it is at least 1 and "
+            "needs 'layer' among the axes of over."
+        )
+    elif choice.window > len(layers):
+        bad.append(f"window={choice.window} is larger than the {len(layers)} layers there are.")
+    if bad:
+        raise SiteError("\n".join(dict.fromkeys(bad)))
+
+
+def _outside(axis: str, wanted: Sequence[int] | None, there: set[int]) -> list[str]:
+    missing = [value for value in wanted or () if value not in there]
+    if not missing:
+        return []
+    have = f"{min(there)}..{max(there)}" if there else f"no axis {axis!r} for this activation"
+    return [f"{axis} {', '.join(map(str, missing))} does not exist; this model has {have}."]
+
+
+def _axis_values(
+    axis: str,
+    kinds: Sequence[_Kind],
+    shape: ModelShape,
+    n_pos: int,
+    roles: Sequence[str],
+    choice: Choice,
+) -> tuple:
+    if axis == "layer":
+        every = sorted({layer for kind in kinds for layer in kind.layers or ()})
+        chosen = [l for l in every if choice.layers is None or l in choice.layers]
+        return tuple(l for l in chosen if all(l + i in every for i in range(choice.window)))
+    if axis == "head":
+        n_heads = max(kind.heads(shape) for kind in kinds)
+        return tuple(range(n_heads)) if choice.heads is None else tuple(choice.heads)
+    if axis == "neuron":
+        return tuple(range(shape.d_mlp or 0))
+    if axis == "role":
+        named = [p for p in choice.positions or roles if isinstance(p, str)]
+        return tuple(named)
+    if axis in ("pos", "dest_pos") and choice.positions is not None:
+        return tuple(choice.positions)
+    return tuple(range(n_pos))
+
+
+def _cell(kind: _Kind, point: Mapping[str, object], shape: ModelShape, choice: Choice) -> Cell:
+    """The sites at one point of the grid: the product over axes that are patched jointly."""
+    layers: Iterable[int | None]
+    if kind.layers is None:
+        layers = (None,)
+    elif "layer" in point:
+        start = point["layer"]
+        assert isinstance(start, int)
+        layers = range(start, start + choice.window)
+    else:
+        layers = kind.layers if choice.layers is None else choice.layers
+    if kind.layers is not None and not set(layers) <= set(kind.layers):
+        return ()
+    has_head = "head" in kind.axes
+    heads = (point["head"],) if "head" in point else (choice.heads or (None,)) if has_head else (None,)
+    if has_head and any(isinstance(h, int) and h >= kind.heads(shape) for h in heads):
+        return ()
+    place = point.get("pos", point.get("role", point.get("dest_pos")))
+    places = (place,) if place is not None else choice.positions or (None,)
+    pos_axis = "dest_pos" if "dest_pos" in kind.axes else "pos"
+    rest = {axis: point[axis] for axis in ("neuron", "src_pos") if axis in point}
+    return tuple(
+        Site(
+            kind.activation.hook if layer is None else kind.activation.hook_point(layer),
+            **{pos_axis: pos, "head": head, **rest},  # type: ignore[arg-type]
+        )
+        for layer, head, pos in itertools.product(layers, heads, places)
+    )
+
+
+def _site_grid(
+    sites: Sequence[Site], shape: ModelShape, n_pos: int, roles: Sequence[str]
+) -> Grid:
+    bad = [problem for site in sites for problem in _site_problems(site, shape, n_pos, roles)]
+    if bad:
+        raise SiteError("\n".join(bad))
+    return Grid({"site": tuple(sites)}, tuple((site,) for site in sites))
+
+
+def _site_problems(
+    site: Site, shape: ModelShape, n_pos: int, roles: Sequence[str]
+) -> Iterable[str]:
+    if site.hook_point not in shape.hook_points:
+        yield f"{site}: no such hook point{_nearest(site.hook_point, shape)}."
+        return
+    own = site.activation.axes
+    heads = shape.n_key_value_heads if "kv_head" in own else shape.n_heads
+    sizes = {"pos": n_pos, "dest_pos": n_pos, "src_pos": n_pos, "neuron": shape.d_mlp or 0}
+    for axis in ("pos", "head", "neuron", "dest_pos", "src_pos"):
+        value = getattr(site, axis)
+        if value is None:
+            continue
+        if axis not in own and not (axis == "head" and "kv_head" in own):
+            yield f"{site}: {site.activation.name!r} has no axis {axis!r}; its axes: {', '.join(own)}."
+        elif isinstance(value, str):
+            if value not in roles:
+                yield f"{site}: " + unknown("role", value, roles or ["none in this dataset"])
+        else:
+            size = heads if axis == "head" else sizes[axis]
+            low = -size if "pos" in axis else 0
+            if not low <= value < size:
+                yield f"{site}: {axis} {value} is outside {low}..{size - 1}."
