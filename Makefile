@@ -13,7 +13,7 @@ VENV_TL4 ?= .venv-tl4
 export HF_HUB_OFFLINE ?= 1
 
 # One worker per core, one torch thread per worker: small models gain more from that than from threads.
-PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n auto --maxprocesses 8 $(ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 help:
 	@echo "make demo       run demo.py offline on the embedded model; writes heatmaps"
