@@ -20,7 +20,7 @@ PACKAGE = ROOT / "patching"
 FLOORS = [
     {"errors"},
     {"sites", "metrics", "interventions"},
-    {"models", "dataset", "tasks", "taskfile", "tiny"},
+    {"models", "dataset", "tasks", "taskfile", "fill", "tiny"},
     {"engine", "gradients", "edges", "circuits"},
     {"results", "statistics", "store"},
     {"patcher", "latent"},
