@@ -20,8 +20,8 @@ PACKAGE = ROOT / "patching"
 FLOORS = [
     {"errors"},
     {"sites", "metrics", "interventions"},
-    {"models", "dataset", "tasks", "taskfile", "fill", "tiny"},
-    {"engine", "gradients", "edges", "circuits"},
+    {"models", "dataset", "tasks", "taskfile", "fill", "prompt_pairs", "tiny"},
+    {"engine", "pairs", "gradients", "edges", "circuits"},
     {"results", "statistics", "store"},
     {"patcher", "latent"},
     {"plot", "report", "experiment", "cli", "distributed"},
