@@ -1,0 +1,100 @@
+"""What an engine is asked for: a model, token pairs, cells of sites, what to write and how to score."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from patching.interventions import Replacement
+from patching.metrics import AnswerScorer, Scorer
+from patching.models.face import LanguageModel
+from patching.sites import Grid
+
+Roles = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """One prompt pair as token ids of equal length, with what the dataset knows of it."""
+
+    index: int
+    """The pair's number in its dataset: metrics and seeds go by it."""
+    clean: Int[Tensor, " pos"]
+    corrupted: Int[Tensor, " pos"]
+    roles: Roles
+    template: str
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sweep, ready to run: everything is checked, nothing has run."""
+
+    model: LanguageModel
+    pairs: Sequence[TokenPair]
+    grid: Grid
+    replacement: Replacement
+    scorer: Scorer
+    denoising: bool
+    max_rows: int | None = None
+
+    def base(self, rows: Sequence[int]) -> Int[Tensor, "row pos"]:
+        """Tokens of the runs that are patched."""
+        return torch.stack([self._tokens(row, not self.denoising) for row in rows])
+
+    def source(self, rows: Sequence[int]) -> Int[Tensor, "row pos"]:
+        """Tokens of the runs that paired values come from."""
+        return torch.stack([self._tokens(row, self.denoising) for row in rows])
+
+    def _tokens(self, row: int, clean: bool) -> Int[Tensor, " pos"]:
+        return self.pairs[row].clean if clean else self.pairs[row].corrupted
+
+    def lengths(self) -> list[list[int]]:
+        """Rows of equal prompt length, which share forward passes without padding."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for row, pair in enumerate(self.pairs):
+            groups[len(pair)].append(row)
+        return [groups[length] for length in sorted(groups)]
+
+    def clusters(self, rows: Sequence[int]) -> list[list[int]]:
+        """Places in ``rows`` (of equal length) whose prompts come from the same template."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for place, row in enumerate(rows):
+            groups[self.pairs[row].template].append(place)
+        return list(groups.values())
+
+    def indices(self, rows: Sequence[int]) -> list[int]:
+        """Dataset pair numbers of rows."""
+        return [self.pairs[row].index for row in rows]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep measured."""
+
+    clean: np.ndarray  # [pair]
+    corrupted: np.ndarray  # [pair]
+    patched: np.ndarray  # [*axes, pair], NaN where a cell does not exist
+
+
+def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """``rows`` in runs of at most ``size``."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def with_reference(request: Request, rows: Sequence[int], clean_logits: Tensor) -> Scorer:
+    """The request's scorer, comparing with the clean runs of ``rows`` if its metric does that."""
+    scorer = request.scorer
+    if not isinstance(scorer, AnswerScorer) or not scorer.metric.needs_reference:
+        return scorer
+    last = clean_logits[:, -1]
+    by_pair = last.new_zeros(max(request.indices(rows)) + 1, last.shape[-1])
+    by_pair[torch.as_tensor(request.indices(rows))] = last
+    return scorer.against(by_pair)

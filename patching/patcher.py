@@ -1,0 +1,337 @@
+"""The patcher: validate, plan, run, collect. A table of contents over the rooms below."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from patching.dataset import PatchingDataset
+from patching.engine import Outcome, Request, reference
+from patching.errors import InterventionError, PatchingError, SiteError, unknown
+from patching.interventions import Replacement, replacement_of
+from patching.models import face_of
+from patching.pairs import scorer_of, token_pairs
+from patching.results import (
+    Direction,
+    PairInfo,
+    PatchingResult,
+    SweepResult,
+    effect_of,
+    warn_of_vanishing,
+)
+from patching.sites import Choice, Site, activation_of, grid
+
+DIRECTIONS = ("denoising", "noising")
+ENGINES = ("auto", "reference")
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """One run's activations with what went in and what came out."""
+
+    cache: Mapping[str, Tensor]
+    input_tokens: Int[Tensor, "1 pos"]
+    logits: Float[Tensor, "1 pos d_vocab"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.cache[name]
+
+    def keys(self) -> list[str]:
+        return list(self.cache.keys())
+
+
+class ActivationPatcher:
+    """Activation patching on any HookedTransformer or TransformerBridge.
+
+    The model is used as it is and left as it was: hooks, gradients, train or eval mode and random
+    state are the same after every call, also after one that raised.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._face = face_of(model)
+
+    # -- single runs --------------------------------------------------------------------------
+
+    def get_all_hook_points(self, pattern: str | None = None) -> list[str]:
+        """All hook names of the model, sorted; with ``pattern``, those that contain it."""
+        return [name for name in self._face.hook_points() if pattern is None or pattern in name]
+
+    def cache_activations(self, prompt: str | Int[Tensor, " pos"]) -> ActivationCache:
+        """Run a prompt and keep every activation."""
+        tokens = self._face.tokens(prompt)[None]
+        with self._face.at_rest():
+            logits, cache = self.model.run_with_cache(tokens)
+        return ActivationCache(cache, tokens, logits)
+
+    def patch_activation(
+        self,
+        corrupted_prompt: str | Int[Tensor, " pos"],
+        clean_cache: ActivationCache,
+        hook_point: str,
+        position: int | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the corrupted prompt with ``hook_point`` taken from the clean run.
+
+        ``position`` limits the patch to one token position (the destination position of attention
+        patterns); ``None`` patches all of them.
+        """
+        tokens = self._face.tokens(corrupted_prompt)[None]
+        self._check_patch(tokens, clean_cache, hook_point, position)
+        clean = clean_cache[hook_point]
+        at: Any = slice(None) if position is None else position
+        index = (slice(None), slice(None), at) if _by_destination(hook_point) else (slice(None), at)
+
+        def write(activation: Tensor) -> Tensor:
+            written = activation.clone()
+            written[index] = clean[index]
+            return written
+
+        with self._face.at_rest([hook_point]):
+            return self._face.logits(tokens, self._face.writers(hook_point, write))
+
+    def _check_patch(
+        self, tokens: Tensor, clean_cache: ActivationCache, hook_point: str, position: int | None
+    ) -> None:
+        if hook_point not in self._face.shape.hook_points or hook_point not in clean_cache.keys():
+            raise SiteError(unknown("hook point", hook_point, clean_cache.keys()))
+        clean_length, length = clean_cache.input_tokens.shape[-1], tokens.shape[-1]
+        if clean_length != length:
+            raise SiteError(
+                f"the clean cache is of {clean_length} tokens, the corrupted prompt has {length}; "
+                "patching by position needs equal lengths.\n"
+                f"  clean:     {self._face.str_tokens(clean_cache.input_tokens[0])}\n"
+                f"  corrupted: {self._face.str_tokens(tokens[0])}"
+            )
+        if position is not None and not -length <= position < length:
+            raise SiteError(f"position {position} is outside the prompt, which has {length} tokens.")
+
+    # -- experiments ----------------------------------------------------------------------------
+
+    def run_patching_experiment(
+        self,
+        dataset: PatchingDataset,
+        hook_points: Sequence[str],
+        pair_indices: Sequence[int] | None = None,
+        position: int | None = None,
+    ) -> dict[str, list[PatchingResult]]:
+        """Denoise each hook point in each pair, scored with the dataset's own metric."""
+        names = list(dict.fromkeys(hook_points))
+        sites = [
+            Site(n, dest_pos=position) if _by_destination(n) else Site(n, pos=position) for n in names
+        ]
+        request = self._request(dataset, sites, (), pair_indices=pair_indices)
+        outcome = self._run(request, progress=False)
+        effects = effect_of(outcome.clean, outcome.corrupted, outcome.patched, "denoising")
+        warn_of_vanishing(effects, "run_patching_experiment")
+        return {
+            name: [
+                PatchingResult(name, *map(float, values))
+                for values in zip(outcome.clean, outcome.corrupted, outcome.patched[n], effects[n])
+            ]
+            for n, name in enumerate(names)
+        }
+
+    def sweep(
+        self,
+        dataset: PatchingDataset,
+        activation: str | Sequence[str] | Sequence[Site] = "z",
+        over: Sequence[str] = ("layer", "head"),
+        *,
+        direction: Direction = "denoising",
+        replacement: str | Replacement | Callable[[Tensor, Site], Tensor] = "paired",
+        metric: str | Callable[[Tensor], Tensor] | None = None,
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int | str] | None = None,
+        heads: Sequence[int] | None = None,
+        window: int = 1,
+        pair_indices: Sequence[int] | None = None,
+        method: Literal["exact"] = "exact",
+        engine: Literal["auto", "reference"] = "auto",
+        max_rows: int | None = None,
+        progress: bool = True,
+        store: None = None,
+        seed: int = 0,
+    ) -> SweepResult:
+        """Patch every cell of a grid of activations in every pair, one at a time.
+
+        Args:
+            dataset: Clean and corrupted prompts with answers.
+            activation: A TransformerLens short name (``resid_pre resid_mid resid_post attn_out
+                mlp_out z q k v result pattern attn_scores pre post``), a full hook name, a list of
+                either (a leading ``activation`` axis), or a list of :class:`Site` (one ``site`` axis).
+            over: The axes to enumerate, out of ``layer pos role head neuron dest_pos src_pos``.
+                Axes left out are patched whole.
+            direction: ``"denoising"`` patches the corrupted run with clean values (sufficiency),
+                ``"noising"`` the clean run with corrupted values (necessity).
+            replacement: ``"paired"``, ``"zero"``, ``"mean"``, ``"resample"``, ``"gaussian_noise"``,
+                or a function ``(activation, site) -> activation``.
+            metric: ``None`` for the dataset's own, a name (``logit_diff prob_diff prob log_prob
+                kl_div accuracy``), or a function on logits ``[batch, pos, d_vocab]`` that returns
+                ``[batch]``.
+            layers, positions, heads: Narrow these axes; positions may be role names.
+            window: Patch layers ``l .. l+window-1`` together; the layer axis counts ``l``.
+            pair_indices: Which pairs of the dataset; all by default.
+            method: ``"exact"`` runs the patched model for every cell.
+            engine: ``"reference"`` makes one whole forward pass per cell; ``"auto"`` the fastest
+                engine that gives the same values.
+            max_rows: The most prompts in one forward pass; by default what memory allows.
+            progress: Show a progress bar.
+            store: Reserved for resumable runs.
+            seed: Seeds ``"resample"`` and ``"gaussian_noise"``.
+
+        Raises:
+            PatchingError: before the first forward pass, with every problem found.
+        """
+        _check_choices(direction=direction, method=method, engine=engine, store=store, max_rows=max_rows)
+        request = self._request(
+            dataset,
+            activation,
+            over,
+            direction=direction,
+            replacement=replacement_of(replacement, seed),
+            metric=metric,
+            choice=Choice(layers, positions, heads, window),
+            pair_indices=pair_indices,
+            max_rows=max_rows,
+        )
+        started = time.perf_counter()
+        outcome = self._run(request, progress)
+        result = self._collect(dataset, request, outcome, activation, direction)
+        result.provenance.update(seed=seed, seconds=round(time.perf_counter() - started, 3))
+        warn_of_vanishing(result.effect(), "sweep") if _has_no_gap(result) else None
+        return result
+
+    def _request(
+        self,
+        dataset: PatchingDataset,
+        activation: Any,
+        over: Sequence[str],
+        *,
+        direction: Direction = "denoising",
+        replacement: Replacement | None = None,
+        metric: Any = None,
+        choice: Choice = Choice(),
+        pair_indices: Sequence[int] | None = None,
+        max_rows: int | None = None,
+    ) -> Request:
+        pairs = token_pairs(self._face, dataset, pair_indices)
+        roles = list(dict.fromkeys(role for pair in pairs for role in pair.roles))
+        cells = grid(
+            activation, over, self._face.shape,
+            n_pos=max(map(len, pairs)), roles=roles, choice=choice,
+        )  # fmt: skip
+        request = Request(
+            self._face,
+            pairs,
+            cells,
+            replacement or replacement_of("paired", 0),
+            scorer_of(metric, dataset, pairs, self._face),
+            direction == "denoising",
+            max_rows,
+        )
+        bad = [p for rows in request.lengths() for p in _replacement_problems(request, rows)]
+        if bad:
+            raise InterventionError("\n".join(dict.fromkeys(bad)))
+        return request
+
+    def _run(self, request: Request, progress: bool) -> Outcome:
+        names = request.grid.hook_points()
+        with self._face.at_rest(names), _bar(reference.forwards(request), progress) as step:
+            self._face.check_writable(names, request.pairs[0].clean)
+            return reference.run(request, step)
+
+    def _collect(
+        self,
+        dataset: PatchingDataset,
+        request: Request,
+        outcome: Outcome,
+        activation: str | Sequence[str] | Sequence[Site],
+        direction: Direction,
+    ) -> SweepResult:
+        face = self._face
+        pairs = tuple(
+            PairInfo(
+                pair.index,
+                tuple(face.str_tokens(pair.clean)),
+                tuple(face.str_tokens(pair.corrupted)),
+                pair.roles,
+                pair.template,
+            )
+            for pair in request.pairs
+        )
+        names = activation if isinstance(activation, str) else tuple(
+            dict.fromkeys(a.activation.name if isinstance(a, Site) else a for a in activation)
+        )
+        return SweepResult(
+            request.grid.axes, outcome.clean, outcome.corrupted, outcome.patched, request.grid.cells,
+            pairs, names, direction, request.scorer.name, self._provenance(dataset, request),
+        )  # fmt: skip
+
+    def _provenance(self, dataset: PatchingDataset, request: Request) -> dict[str, Any]:
+        return {
+            "model": self._face.name,
+            "model_class": type(self.model).__name__,
+            "dtype": str(self._face.dtype),
+            "device": str(self._face.device),
+            "dataset": dataset.name,
+            "dataset_parameters": dataset.parameters,
+            "pairs": [pair.index for pair in request.pairs],
+            "direction": "denoising" if request.denoising else "noising",
+            "replacement": request.replacement.name,
+            "metric": request.scorer.name,
+            "method": "exact",
+            "engine": "reference",
+            "forwards": reference.forwards(request),
+            "versions": {
+                "patching": version("patching"),
+                "transformer_lens": version("transformer_lens"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def _by_destination(hook_point: str) -> bool:
+    return "dest_pos" in activation_of(hook_point).axes
+
+
+def _check_choices(
+    *, direction: str, method: str, engine: str, store: object, max_rows: int | None
+) -> None:
+    if direction not in DIRECTIONS:
+        raise PatchingError(unknown("direction", direction, DIRECTIONS))
+    if method != "exact":
+        raise PatchingError(unknown("method", method, ["exact"]))
+    if engine not in ENGINES:
+        raise PatchingError(unknown("engine", engine, ENGINES))
+    if store is not None:
+        raise PatchingError("store= is not available yet: this version keeps results in memory.")
+    if max_rows is not None and max_rows < 1:
+        raise PatchingError(f"max_rows={max_rows} has no room for one pair; it is at least 1.")
+
+
+def _replacement_problems(request: Request, rows: Sequence[int]) -> list[str]:
+    clusters = [[request.pairs[rows[p]].index for p in places] for places in request.clusters(rows)]
+    return request.replacement.check(clusters)
+
+
+def _has_no_gap(result: SweepResult) -> bool:
+    """Whether an existing cell lacks an effect for want of a denominator."""
+    exists = ~np.isnan(result.patched).all(-1)
+    return bool(np.isnan(result.effect()[exists]).any())
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    with tqdm(total=total, disable=not shown, desc="patching", unit="forward") as bar:
+        yield bar.update

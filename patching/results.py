@@ -1,0 +1,282 @@
+"""Results: values with axes. What a sweep measured, as numbers, tables and records.
+
+An effect is 0 where patching did nothing and 1 where it moved the metric all the way from the base
+run to the other one. It is not bounded: components that overshoot lie above 1, components that work
+against the answer below 0. Denoising effects show sufficiency, noising effects necessity
+(Heimersheim & Nanda 2024).
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from patching.errors import PatchingError, PatchingWarning
+from patching.sites import Cell
+
+Direction = Literal["denoising", "noising"]
+Aggregate = Literal["ratio_of_means", "mean_of_ratios", "none"]
+
+VANISHING = 1e-5
+"""A gap between clean and corrupted smaller than this share of the values themselves is no gap."""
+
+
+@dataclass(frozen=True)
+class PatchingResult:
+    """One patched run of one pair at one hook point. An effect without a denominator is NaN."""
+
+    hook_point: str
+    clean_logit_diff: float
+    corrupted_logit_diff: float
+    patched_logit_diff: float
+    patching_effect: float
+
+
+def effect_of(
+    clean: np.ndarray, corrupted: np.ndarray, patched: np.ndarray, direction: Direction
+) -> np.ndarray:
+    """Normalised effect, elementwise; NaN where clean and corrupted do not differ.
+
+    Denoising: ``(patched - corrupted) / (clean - corrupted)``; noising:
+    ``(clean - patched) / (clean - corrupted)``.
+    """
+    gap = np.asarray(clean - corrupted, dtype=float)
+    size = (np.abs(clean) + np.abs(corrupted)) / 2
+    gap = np.where(np.abs(gap) <= VANISHING * size, np.nan, gap)
+    moved = patched - corrupted if direction == "denoising" else clean - patched
+    return moved / gap + 0.0  # no negative zeros
+
+
+def warn_of_vanishing(effects: np.ndarray, what: str) -> None:
+    """One warning where effects are NaN for want of a denominator."""
+    missing = int(np.isnan(effects).sum())
+    if missing:
+        warnings.warn(
+            f"{what}: clean and corrupted score the same for {missing} of {effects.size}, so their "
+            "effect is NaN. Does the corruption change the answer? The raw values are kept.",
+            PatchingWarning,
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class PairInfo:
+    """What a reader of the results sees of one pair."""
+
+    index: int
+    clean_tokens: tuple[str, ...]
+    corrupted_tokens: tuple[str, ...]
+    roles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    template: str = ""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Clean, corrupted and patched metric values of a sweep, with the axes they lie on.
+
+    ``axes`` maps each axis to its values in order; ``patched`` has one axis for each and the pair
+    axis last. Values of cells that do not exist are NaN.
+    """
+
+    axes: dict[str, tuple]
+    clean: np.ndarray  # [pair]
+    corrupted: np.ndarray  # [pair]
+    patched: np.ndarray  # [*axes, pair]
+    cells: tuple[Cell, ...]
+    pairs: tuple[PairInfo, ...]
+    activation: str | tuple[str, ...]
+    direction: Direction
+    metric: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def effect(self, aggregate: Aggregate = "ratio_of_means") -> np.ndarray:
+        """Normalised effects over the axes; ``"none"`` keeps the pair axis.
+
+        ``"ratio_of_means"`` (the headline): mean movement over mean gap, over the pairs in which
+        the cell exists. ``"mean_of_ratios"``: mean of the per-pair effects, which pairs with a
+        small gap can dominate.
+        """
+        if aggregate == "ratio_of_means":
+            return self._ratio_of_means()
+        if aggregate not in ("mean_of_ratios", "none"):
+            raise PatchingError(
+                f"unknown aggregate {aggregate!r}. Available: ratio_of_means, mean_of_ratios, none."
+            )
+        effects = effect_of(self.clean, self.corrupted, self.patched, self.direction)
+        return effects if aggregate == "none" else _mean_over_pairs(effects)
+
+    def _ratio_of_means(self) -> np.ndarray:
+        there = ~np.isnan(self.patched)
+        clean = _mean_over_pairs(np.where(there, self.clean, np.nan))
+        corrupted = _mean_over_pairs(np.where(there, self.corrupted, np.nan))
+        return effect_of(clean, corrupted, _mean_over_pairs(self.patched), self.direction)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One tidy row for each cell and pair, with raw values and effect.
+
+        Columns ``pos``, ``head``, ``neuron`` and so on are empty where the cell patches the whole
+        axis; a cell that joins several sites lists their hook points, separated by ``+``.
+        """
+        effects = self.effect("none").reshape(len(self.cells), -1)
+        patched = self.patched.reshape(len(self.cells), -1)
+        labels = self._labels()
+        rows = [
+            {**labels[c], **self._place(cell, pair), "pair": pair.index,
+             "metric": self.metric, "clean": self.clean[p], "corrupted": self.corrupted[p],
+             "patched": patched[c, p], "effect": effects[c, p]}
+            for c, cell in enumerate(self.cells)
+            for p, pair in enumerate(self.pairs)
+        ]
+        whole = dict.fromkeys(("layer", "pos", "head", "neuron", "src_pos"), "Int64")
+        return pd.DataFrame(rows, columns=[*FRAME_COLUMNS]).astype(whole)
+
+    def _labels(self) -> list[dict[str, Any]]:
+        """What the rows of a cell share, whatever the pair."""
+        return [
+            {
+                "direction": self.direction,
+                "activation": _joined(site.activation.name for site in cell) or None,
+                "hook_point": _joined(site.hook_point for site in cell) or None,
+                "layer": _only(site.layer for site in cell),
+                **{a: _only(getattr(site, a) for site in cell) for a in ("head", "neuron", "src_pos")},
+            }
+            for cell in self.cells
+        ]
+
+    def _place(self, cell: Cell, pair: PairInfo) -> dict[str, Any]:
+        """Role, position and token of a cell in one pair."""
+        pos = _only(site.dest_pos if site.pos is None else site.pos for site in cell)
+        if pos is None:
+            return {"pos": None, "role": None, "token": None}
+        role = pos if isinstance(pos, str) else None
+        length = len(pair.clean_tokens)
+        there = cell[0].positions(length, pair.roles)
+        if there is None:
+            return {"pos": None, "role": role, "token": None}
+        return {
+            "pos": there[0] if len(there) == 1 else None,
+            "role": role,
+            "token": "".join(pair.clean_tokens[t] for t in there),
+        }
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` cells with the largest absolute effect: a column for each axis, then the effect."""
+        effects = self.effect().ravel()
+        order = np.argsort(-np.abs(np.where(np.isnan(effects), 0.0, effects)), kind="stable")
+        order = order[~np.isnan(effects[order])][:k]
+        places = np.unravel_index(order, self.patched.shape[:-1])
+        columns = {
+            axis: [values[i] for i in where]
+            for (axis, values), where in zip(self.axes.items(), places)
+        }
+        return pd.DataFrame({**columns, "effect": effects[order]})
+
+    def summary(self, k: int = 10) -> str:
+        """What was asked, the gap, and the ``k`` strongest cells, as text; prints well."""
+        gap = float(np.mean(self.clean - self.corrupted))
+        swept = self.activation if isinstance(self.activation, str) else ", ".join(self.activation)
+        meaning = "sufficient" if self.direction == "denoising" else "necessary"
+        shape = " × ".join(f"{len(values)} {axis}" for axis, values in self.axes.items())
+        lines = [
+            f"{self.direction} of {swept}: {shape}, {len(self.pairs)} pairs",
+            f"{self.metric}: clean {self.clean.mean():+.3f}, corrupted {self.corrupted.mean():+.3f}, "
+            f"gap {gap:+.3f}",
+            f"strongest {min(k, self.effect().size)} (1 = {meaning} for the whole gap, 0 = no effect):",
+        ]
+        top = self.top(k)
+        names = [self._name(row) for row in top.drop(columns="effect").to_dict("records")]
+        width = max(map(len, names), default=0)
+        bars = [f"{'█' * round(20 * min(abs(e), 1.5))}" for e in top["effect"]]
+        return "\n".join(
+            lines + [f"  {n:<{width}}  {e:+.3f}  {b}" for n, e, b in zip(names, top["effect"], bars)]
+        )
+
+    def _name(self, point: Mapping[str, Any]) -> str:
+        """A short name of a cell: ``L9H6``, ``L5 pos 10 ' John'``, ``L7 S2``."""
+        layer, head = point.get("layer"), point.get("head")
+        parts = [str(point[a]) for a in ("activation", "site") if a in point]
+        parts.append((f"L{layer}" if layer is not None else "") + (f"H{head}" if head is not None else ""))
+        parts += [str(point["role"])] if "role" in point else []
+        parts += [f"{a} {point[a]}" for a in ("pos", "neuron", "dest_pos", "src_pos") if a in point]
+        if "pos" in point and (token := self.token(point["pos"])) is not None:
+            parts.append(repr(token))
+        return " ".join(part for part in parts if part)
+
+    def token(self, pos: int) -> str | None:
+        """The clean token at a position, where it is the same in every pair."""
+        tokens = {p.clean_tokens[pos] for p in self.pairs if -len(p.clean_tokens) <= pos < len(p.clean_tokens)}
+        return tokens.pop() if len(tokens) == 1 else None
+
+    def records(self) -> list[PatchingResult]:
+        """One :class:`PatchingResult` for each cell and pair in which the cell exists."""
+        frame = self.to_frame().dropna(subset=["patched"])
+        columns = ("hook_point", "clean", "corrupted", "patched", "effect")
+        return [PatchingResult(*row) for row in zip(*(frame[c] for c in columns))]
+
+    def plot(self, **options: Any) -> Any:
+        """A heatmap of the effects, as a matplotlib ``Figure``; see :func:`patching.plot.heatmap`."""
+        from patching.plot import heatmap
+
+        return heatmap(self, **options)
+
+
+FRAME_COLUMNS = (
+    "direction", "activation", "hook_point", "layer", "pos", "role", "token", "head", "neuron",
+    "src_pos", "pair", "metric", "clean", "corrupted", "patched", "effect",
+)  # fmt: skip
+
+
+def _joined(names: Any) -> str:
+    return "+".join(dict.fromkeys(names))
+
+
+def _only(values: Any) -> Any:
+    """The value all sites of a cell share, or None."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
+
+
+def _mean_over_pairs(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not NaN; NaN where nothing is."""
+    there = ~np.isnan(values)
+    count = there.sum(-1)
+    return np.where(count > 0, np.where(there, values, 0.0).sum(-1) / np.maximum(count, 1), np.nan)
+
+
+def mean_effect(results: Sequence[PatchingResult]) -> float:
+    """Mean effect of the records that have one; NaN where none has."""
+    return float(_mean_over_pairs(np.array([result.patching_effect for result in results], float)))
+
+
+def summarize_results(results: Mapping[str, Sequence[PatchingResult]], top_k: int = 10) -> None:
+    """Print the ``top_k`` hook points with the largest absolute mean effect."""
+    means = {name: mean_effect(records) for name, records in results.items()}
+    ranked = sorted(
+        (item for item in means.items() if not np.isnan(item[1])), key=lambda item: -abs(item[1])
+    )
+    width = max((len(name) for name in means), default=0)
+    print(f"Strongest {min(top_k, len(ranked))} of {len(means)} hook points by mean patching effect")
+    print("(1 = the whole clean-corrupted gap, 0 = none of it; not bounded to 0..1)")
+    for name, effect in ranked[:top_k]:
+        print(f"  {name:<{width}}  {effect:+.3f}  {'█' * round(20 * min(abs(effect), 1.5))}")
+    undefined = [name for name, effect in means.items() if np.isnan(effect)]
+    if undefined:
+        print(f"without a defined effect (clean and corrupted score the same): {', '.join(undefined)}")
+
+
+def create_patching_heatmap(
+    results: Mapping[str, Sequence[PatchingResult]], model: Any
+) -> Tensor:
+    """Mean effects ``[n_layers, 2]`` of ``attn_out`` and ``mlp_out``; NaN where not patched."""
+    heatmap = torch.full((int(model.cfg.n_layers), 2), float("nan"))
+    for layer in range(len(heatmap)):
+        for column, component in enumerate(("hook_attn_out", "hook_mlp_out")):
+            records = results.get(f"blocks.{layer}.{component}", ())
+            if records:
+                heatmap[layer, column] = mean_effect(records)
+    return heatmap
