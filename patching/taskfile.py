@@ -1,0 +1,375 @@
+"""Task files: what a task TOML says, read and checked. Nothing here knows a tokenizer or a model.
+
+A task is templates with named slots, word lists that fill the slots, answers as rules, and
+corruptions as tables ``slot -> what stands there instead``:
+
+    [slots]                       IO = "names"      draws from a list; S2 = "S1" repeats a slot
+    [words.cities]                columns = ["capital", "country"], rows = [["Paris", "France"]]
+    [templates]                   went = "Then, {IO} and {S1} went to the {PLACE}. {S2} gave"
+    [answers]                     correct = { clean = "IO" }, incorrect = { clean = "S1" }
+    [corruptions.s2_swap]         label = "flips", replace = { S2 = "IO" }
+    [corruptions.s2_rand]         label = "destroys", replace = { S2 = { fresh = "names" } }
+
+``SLOT.column`` is one column of a row; a bare ``SLOT`` is its first column.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from patching.errors import TaskError, unknown
+from patching.metrics import METRICS
+
+Row = Mapping[str, str]
+"""One entry of a word list: column name to word."""
+
+Label = Literal["flips", "destroys", "preserves"]
+LABELS: tuple[Label, ...] = ("flips", "destroys", "preserves")
+
+ANSWER_KINDS = ("clean", "corrupted", "above", "up_to", "same", "differ")
+REPLACEMENT_KINDS = ("fresh", "word")
+
+
+@dataclass(frozen=True)
+class WordList:
+    """Words that can stand in a slot, with further columns for what belongs to each word."""
+
+    name: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    key: str
+    """Rows with the same word in this column never stand in two slots of one pair."""
+    single_token: bool
+    """Whether words that the tokenizer splits are left out."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A slot, and the column of its row that is meant."""
+
+    slot: str
+    column: str
+
+
+@dataclass(frozen=True)
+class AnswerRule:
+    """Which words answer a prompt.
+
+    ``clean`` and ``corrupted``: the word a slot holds in that prompt. The others pick from a word
+    list by comparing with a slot of the clean prompt: numbers ``above`` it or ``up_to`` it, rows
+    with the ``same`` word in the column or with one that ``differ``\\ s.
+    """
+
+    kind: str
+    ref: Ref
+    words: str | None = None
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt with named slots, and the answers that follow it."""
+
+    name: str
+    pieces: tuple[str | Ref, ...]
+    correct: AnswerRule
+    incorrect: AnswerRule
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The slots of the prompt in reading order, each once."""
+        return tuple(dict.fromkeys(p.slot for p in self.pieces if isinstance(p, Ref)))
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a corruption puts into a slot.
+
+    One of: the row of another slot (``slot``), a fixed ``word``, or a ``fresh`` draw from the
+    list, with the same word as before in the columns ``same`` and another one in ``differ``.
+    """
+
+    slot: str | None = None
+    word: str | None = None
+    fresh: str | None = None
+    same: str | None = None
+    differ: str | None = None
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """One way to make the corrupted prompt, and what it does to the answer."""
+
+    name: str
+    label: Label
+    description: str
+    replace: Mapping[str, Replacement]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a task file says."""
+
+    name: str
+    description: str
+    metric: str
+    corruption: str
+    """The corruption used when none is asked for."""
+    roles: tuple[str, ...]
+    """Slots, and ``SLOT+n`` for the n-th token after one. Every task also has END."""
+    prefix: str
+    """What stands between the prompt and its answer: a space, or nothing."""
+    slots: Mapping[str, str]
+    """Slot to the word list it draws from, or to the slot it repeats."""
+    words: Mapping[str, WordList]
+    templates: Mapping[str, Template]
+    corruptions: Mapping[str, Corruption]
+    sources: tuple[str, ...]
+    published: tuple[Mapping[str, Any], ...] = field(default=())
+
+    def words_of(self, slot: str) -> WordList:
+        """The word list that fills a slot."""
+        target = self.slots[slot]
+        return self.words[target] if target in self.words else self.words_of(target)
+
+
+TOP = {
+    "name": str,
+    "description": str,
+    "sources": list,
+    "metric": str,
+    "corruption": str,
+    "roles": list,
+    "slots": dict,
+    "answers": dict,
+    "corruptions": dict,
+    "templates": dict,
+    "words": dict,
+}
+LIST = {"columns": list, "rows": list}
+LIST_EXTRA = {"key": str, "single_token": bool}
+ANSWERS = {"correct": dict, "incorrect": dict}
+TEMPLATE = {"text": str}
+CORRUPTION = {"label": str, "description": str, "replace": dict}
+PUBLISHED = {"model": str, "measure": str, "source": str}
+PUBLISHED_EXTRA = {
+    "corruption": str,
+    "clean": (int, float),
+    "corrupted": (int, float),
+    "value": (int, float),
+}
+
+
+def read_task(path: str | Path) -> Task:
+    """The task in a TOML file; everything wrong with the file is reported at once."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise TaskError(f"{path.name}: not a TOML file: {error}.") from error
+    problems: list[str] = []
+    _check_shape(raw, problems)
+    _stop(path, problems)
+    task = _parse(raw, problems)
+    _stop(path, problems)
+    return task
+
+
+def _stop(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise TaskError(f"{path.name}: " + "\n  ".join(["the task file does not read:", *problems]))
+
+
+def _typed(
+    table: object, required: Mapping, where: str, problems: list[str], optional: Mapping | None = None
+) -> bool:
+    """Whether a table has exactly the keys it may have, each of the right type."""
+    before = len(problems)
+    if not isinstance(table, dict):
+        problems.append(f"{where}: expected a table, got {table!r}.")
+        return False
+    allowed = {**required, **(optional or {})}
+    for key in table.keys() - allowed.keys():
+        problems.append(f"{where}: {unknown('key', key, allowed)}")
+    for key in required.keys() - table.keys():
+        problems.append(f"{where}: the key {key!r} is missing.")
+    for key in table.keys() & allowed.keys():
+        if not isinstance(table[key], allowed[key]):
+            problems.append(f"{where}: {key} should be {_type_name(allowed[key])}, got {table[key]!r}.")
+    return len(problems) == before
+
+
+def _type_name(kind: Any) -> str:
+    names = {str: "a text", list: "a list", dict: "a table", bool: "true or false"}
+    return names.get(kind, "a number")
+
+
+def _texts(values: object, where: str, problems: list[str]) -> None:
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        problems.append(f"{where}: expected a list of texts, got {values!r}.")
+
+
+def _check_shape(raw: dict, problems: list[str]) -> None:
+    """Keys and types of every table, before anything is looked up."""
+    if not _typed(raw, TOP, "the file", problems, {"published": list}):
+        return
+    for key in ("sources", "roles"):
+        _texts(raw[key], key, problems)
+    _texts(list(raw["slots"].values()), "slots", problems)
+    _typed(raw["answers"], ANSWERS, "[answers]", problems, {"prefix": str})
+    for name, entry in raw["words"].items():
+        if isinstance(entry, list):
+            _texts(entry, f"[words] {name}", problems)
+        elif _typed(entry, LIST, f"[words.{name}]", problems, LIST_EXTRA):
+            _check_rows(name, entry, problems)
+    for name, entry in raw["templates"].items():
+        if not isinstance(entry, str):
+            _typed(entry, TEMPLATE, f"[templates.{name}]", problems, ANSWERS)
+    for name, entry in raw["corruptions"].items():
+        well = _typed(entry, CORRUPTION, f"[corruptions.{name}]", problems)
+        if well and entry["label"] not in LABELS:
+            problems.append(f"[corruptions.{name}]: {unknown('label', entry['label'], LABELS)}")
+    for entry in raw.get("published", []):
+        _typed(entry, PUBLISHED, "[[published]]", problems, PUBLISHED_EXTRA)
+
+
+def _check_rows(name: str, entry: dict, problems: list[str]) -> None:
+    columns, where = entry["columns"], f"[words.{name}]"
+    _texts(columns, f"{where} columns", problems)
+    if entry.get("key", columns[0] if columns else "") not in columns:
+        problems.append(f"{where}: {unknown('key', entry['key'], columns)}")
+    for row in entry["rows"]:
+        if not isinstance(row, list) or len(row) != len(columns):
+            problems.append(f"{where}: the row {row!r} should have {len(columns)} words: {columns}.")
+        else:
+            _texts(row, f"{where} row", problems)
+
+
+def _parse(raw: dict, problems: list[str]) -> Task:
+    words = {name: _word_list(name, entry) for name, entry in raw["words"].items()}
+    slots: dict[str, str] = raw["slots"]
+    for slot, target in slots.items():
+        if target not in words and slots.get(target) not in words:
+            lists_and_slots = [*words, *(s for s, t in slots.items() if t in words)]
+            problems.append(f"[slots] {slot}: {unknown('word list or slot', target, lists_and_slots)}")
+    if problems:  # what follows looks words up through the slots
+        return None  # type: ignore[return-value]
+    parser = _Parser(slots, words, problems)
+    answers = {side: parser.answer(raw["answers"][side], f"[answers] {side}") for side in ANSWERS}
+    templates = {
+        name: parser.template(name, {"text": entry} if isinstance(entry, str) else entry, answers)
+        for name, entry in raw["templates"].items()
+    }
+    corruptions = {name: parser.corruption(name, c) for name, c in raw["corruptions"].items()}
+    for role in raw["roles"]:
+        parser.slot(re.sub(r"\+\d+$", "", role), "roles")
+    if raw["corruption"] not in corruptions:
+        problems.append(f"corruption: {unknown('corruption', raw['corruption'], corruptions)}")
+    scored = [name for name, metric in METRICS.items() if not metric.needs_reference]
+    if raw["metric"] not in scored:
+        problems.append(f"metric: {unknown('metric', raw['metric'], scored)}")
+    return Task(
+        name=raw["name"],
+        description=raw["description"].strip(),
+        metric=raw["metric"],
+        corruption=raw["corruption"],
+        roles=tuple(raw["roles"]),
+        prefix=raw["answers"].get("prefix", " "),
+        slots=slots,
+        words=words,
+        templates=templates,
+        corruptions=corruptions,
+        sources=tuple(raw["sources"]),
+        published=tuple(raw.get("published", [])),
+    )
+
+
+def _word_list(name: str, entry: list | dict) -> WordList:
+    table = {"columns": ["word"], "rows": [[w] for w in entry]} if isinstance(entry, list) else entry
+    columns = tuple(table["columns"])
+    rows = tuple(dict(zip(columns, row, strict=True)) for row in table["rows"])
+    key = table.get("key", columns[0])
+    return WordList(name, columns, rows, key, table.get("single_token", True))
+
+
+@dataclass(frozen=True)
+class _Parser:
+    """Turns entries into rules, looking every name up in the slots and word lists of the file."""
+
+    slots: Mapping[str, str]
+    words: Mapping[str, WordList]
+    problems: list[str]
+
+    def slot(self, name: str, where: str) -> WordList | None:
+        if name not in self.slots:
+            self.problems.append(f"{where}: {unknown('slot', name, self.slots)}")
+            return None
+        target = self.slots[name]
+        return self.words[target] if target in self.words else self.words[self.slots[target]]
+
+    def list(self, name: str, where: str) -> WordList | None:
+        if name not in self.words:
+            self.problems.append(f"{where}: {unknown('word list', name, self.words)}")
+        return self.words.get(name)
+
+    def column(self, name: str, words: WordList | None, where: str) -> None:
+        if words is not None and name not in words.columns:
+            self.problems.append(f"{where}: {unknown(f'column of {words.name}', name, words.columns)}")
+
+    def ref(self, text: str, where: str) -> Ref:
+        slot, _, column = text.partition(".")
+        words = self.slot(slot, where)
+        if column:
+            self.column(column, words, where)
+        return Ref(slot, column or (words.columns[0] if words else ""))
+
+    def answer(self, entry: Mapping, where: str) -> AnswerRule:
+        kinds = [kind for kind in ANSWER_KINDS if kind in entry]
+        picks = len(kinds) == 1 and kinds[0] not in ("clean", "corrupted")
+        if len(kinds) != 1 or entry.keys() - {*kinds, "words"} or ("words" in entry) != picks:
+            self.problems.append(
+                f"{where}: expected {{ clean = SLOT }}, {{ corrupted = SLOT }} or {{ words = LIST, "
+                f"{' | '.join(ANSWER_KINDS[2:])} = SLOT }}, got {dict(entry)!r}."
+            )
+            return AnswerRule("clean", Ref("", ""))
+        ref = self.ref(entry[kinds[0]], where)
+        words = self.list(entry["words"], where) if picks else None
+        if kinds[0] in ("same", "differ"):
+            self.column(ref.column, words, where)
+        return AnswerRule(kinds[0], ref, words.name if words else None)
+
+    def template(self, name: str, entry: Mapping, answers: Mapping[str, AnswerRule]) -> Template:
+        where = f"[templates] {name}"
+        parts = re.split(r"\{([^{}]*)\}", entry["text"])  # text and slot by turns
+        pieces = [self.ref(part, where) if i % 2 else part for i, part in enumerate(parts)]
+        own = {
+            side: self.answer(entry[side], f"{where} {side}") if side in entry else answers[side]
+            for side in ANSWERS
+        }
+        return Template(name, tuple(p for p in pieces if p), own["correct"], own["incorrect"])
+
+    def corruption(self, name: str, entry: Mapping) -> Corruption:
+        where = f"[corruptions.{name}]"
+        replace = {s: self.replacement(s, r, where) for s, r in entry["replace"].items()}
+        if not replace:
+            self.problems.append(f"{where}: replace is empty; name at least one slot.")
+        return Corruption(name, entry["label"], entry["description"], replace)
+
+    def replacement(self, slot: str, entry: object, where: str) -> Replacement:
+        own = self.slot(slot, where)
+        if isinstance(entry, str):
+            self.slot(entry, where)
+            return Replacement(slot=entry)
+        allowed = {"word": str} if isinstance(entry, dict) and "word" in entry else {"fresh": str}
+        extra = {} if "word" in allowed else {"same": str, "differ": str}
+        if not _typed(entry, allowed, f"{where} {slot}", self.problems, extra):
+            return Replacement()
+        assert isinstance(entry, dict)
+        if "fresh" in entry:
+            words = self.list(entry["fresh"], where)
+            for column in (entry[k] for k in ("same", "differ") if k in entry):
+                self.column(column, words, where)
+                self.column(column, own, where)
+        return Replacement(**entry)
