@@ -20,7 +20,7 @@ PACKAGE = ROOT / "patching"
 FLOORS = [
     {"errors"},
     {"sites", "metrics", "interventions"},
-    {"models", "dataset", "tasks", "taskfile", "fill", "prompt_pairs", "tiny"},
+    {"models", "dataset", "tasks", "taskfile", "fill", "tokens", "prompt_pairs", "tiny"},
     {"engine", "pairs", "gradients", "edges", "circuits"},
     {"results", "statistics", "store"},
     {"patcher", "latent"},
@@ -90,7 +90,7 @@ def upward_imports(path: Path, source: str) -> list[str]:
             continue
         room = (module + ".").split(".")[1]
         if room not in FLOOR_OF:
-            found.append(f"{name} imports {module}: name the room, not the package")
+            found.append(f"{name} imports {module}: not a room in FLOORS")
         elif FLOOR_OF[room] > floor and not (inside and (name, room) in UPWARD):
             found.append(f"{name} (floor {floor}) imports {room} (floor {FLOOR_OF[room]})")
     return found
