@@ -1,115 +1,23 @@
-"""Models to test on: tiny, random, offline, one of each kind the package supports."""
+"""No hub, quiet logs, and each kind of model as a fixture; the builders are in ``random_models``."""
 
 import logging
 import os
-import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
-
-try:
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-except ImportError:  # TransformerLens 4 has TransformerBridge only
-    HookedTransformer = None
+from random_models import MODELS, model_of
 
 logging.getLogger("transformer_lens").setLevel(logging.ERROR)
-
-SIZES = dict(n_layers=3, d_model=32, n_ctx=24, d_head=8, n_heads=4, d_vocab=50, d_mlp=48)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 .. w45 after four special tokens, split at white space."""
-    words = ["<bos>", "<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(46))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        name_or_path="embedded",
-        add_bos_token=True,
-        bos_token="<bos>",
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    )
-
-
-def hooked(tokenizer=None, **changes):
-    """A random HookedTransformer."""
-    sizes = {**SIZES, "act_fn": "gelu_new", "normalization_type": "LN", "seed": 0, **changes}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = HookedTransformer(HookedTransformerConfig(**sizes), tokenizer=tokenizer)
-    return _livelier(model)
-
-
-def native(tokenizer=None, **changes):
-    """A random TransformerBridge of TransformerLens' own architecture."""
-    sizes = {**SIZES, "act_fn": "gelu_new", "normalization_type": "LN", "seed": 0, **changes}
-    return _livelier(TransformerBridge.boot_native(TransformerBridgeConfig(**sizes), tokenizer=tokenizer))
-
-
-def bridged(kind: str):
-    """A random Hugging Face model behind a TransformerBridge."""
-    torch.manual_seed(0)
-    n_layers, width, n_heads, d_mlp = (SIZES[k] for k in ("n_layers", "d_model", "n_heads", "d_mlp"))
-    if kind == "gpt2":
-        config = GPT2Config(
-            n_layer=n_layers, n_embd=width, n_head=n_heads, n_inner=d_mlp, vocab_size=50, n_positions=24
-        )
-        model = GPT2LMHeadModel(config)
-    else:
-        config = LlamaConfig(
-            num_hidden_layers=n_layers, hidden_size=width, num_attention_heads=n_heads,
-            num_key_value_heads=2, intermediate_size=d_mlp, vocab_size=50, max_position_embeddings=24,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-    name = {"gpt2": "gpt2", "llama": "llama"}[kind]
-    bridge = TransformerBridge.boot_transformers(
-        name, hf_model=model.eval(), tokenizer=word_tokenizer()
-    )
-    return _livelier(bridge)
-
-
-def _livelier(model):
-    """Weights larger than initialisation makes them, so that effects are far from rounding."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2 and parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator) * 0.15
-                parameter.add_(noise.to(parameter.dtype))
-    return model
-
-
-MODELS = {
-    "hooked": lambda: hooked(word_tokenizer()),
-    "native": lambda: native(word_tokenizer()),
-    "bridged-gpt2": lambda: bridged("gpt2"),
-    "bridged-llama": lambda: bridged("llama"),
-}
-if HookedTransformer is None:
-    del MODELS["hooked"]
 
 
 @pytest.fixture(scope="session", params=list(MODELS))
 def model(request):
     """Each kind of model in turn."""
-    return MODELS[request.param]()
+    return model_of(request.param)
 
 
 @pytest.fixture(scope="session")
 def any_model():
     """The first kind of model there is, for tests that do not depend on the kind."""
-    return next(iter(MODELS.values()))()
+    return model_of(next(iter(MODELS)))
