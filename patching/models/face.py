@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patching.errors import ModelError, SiteError
-from patching.sites import ModelShape, activation_of
+from patching.sites import ModelShape, activation_of, split_layer
 
 Write = Callable[[Tensor], Tensor]
 """Takes an activation as the run holds it and returns what is to stand there instead."""
@@ -94,7 +94,7 @@ class LanguageModel(ABC):
                     f"the prompt {prompt!r} is text, but this model has no tokenizer; "
                     "give prompts as 1-D tensors of token ids."
                 )
-            return self.model.to_tokens(prompt)[0].to(self.device)
+            return self.model.to_tokens(prompt, truncate=False)[0].to(self.device)
         ids = torch.as_tensor(prompt, device=self.device)
         if ids.dim() != 1 or ids.is_floating_point() or not len(ids):
             raise ModelError(
@@ -134,19 +134,20 @@ class LanguageModel(ABC):
     @contextmanager
     def at_rest(self, names: Sequence[str] = ()) -> Iterator[None]:
         """Eval mode, no gradients, and the switches that ``names`` need; all restored on leaving."""
-        training = self.model.training
+        training = [(module, module.training) for module in self.model.modules()]
         needs_result = any(name.endswith("attn.hook_result") for name in names)
-        with_result = bool(getattr(self.cfg, "use_attn_result", False))
+        switch_result = needs_result and not getattr(self.cfg, "use_attn_result", False)
+        if switch_result:
+            self._use_attn_result(True)
         self.model.eval()
         try:
-            if needs_result and not with_result:
-                self._use_attn_result(True)
             with torch.no_grad(), self._random_state():
                 yield
         finally:
-            if needs_result and not with_result:
+            if switch_result:
                 self._use_attn_result(False)
-            self.model.train(training)
+            for module, mode in training:
+                module.training = mode
 
     def _use_attn_result(self, on: bool) -> None:
         try:
@@ -172,22 +173,44 @@ class LanguageModel(ABC):
         """Raise :class:`SiteError` for hook points whose value the model does not read.
 
         Some hook points only show a value, and patching them would give zeros that look like a
-        measurement. One forward pass for each kind of hook point tells.
+        measurement. One forward pass for each kind of hook point tells; more layers are asked only
+        where the first is not read, since a layer may have nothing to say (an output matrix of zeros).
         """
         kinds = {activation_of(name).hook: name for name in hook_points}
-        batch = tokens[None]
+        # Attention has a choice to make only where there are several tokens, and different ones.
+        batch = (tokens if len(tokens) > 1 else torch.arange(2, device=self.device))[None]
         base = self.logits(batch)
-        inert = [
-            name
-            for name in kinds.values()
-            if torch.equal(base, self.logits(batch, self.writers(name, _disturbed)))
-        ]
+        inert = [name for name in kinds.values() if not self._reads(self._alike(name), batch, base)]
         if inert:
             raise SiteError(
                 f"this model does not read what is written at {', '.join(sorted(inert))}: patching "
                 "there changes nothing. Patch "
                 f"{' or '.join(sorted({_instead(name) for name in inert}))} instead."
             )
+
+    def _alike(self, hook_point: str) -> list[str]:
+        """The hook point, then the same one of the other layers."""
+        hook = split_layer(hook_point)[1]
+        return [hook_point, *(n for n in self.hook_points() if split_layer(n)[1] == hook and n != hook_point)]
+
+    def _reads(self, names: Sequence[str], batch: Tensor, base: Tensor) -> bool:
+        """Whether writing at one of these hook points changes the logits."""
+        fired: list[str] = []
+
+        def disturb(activation: Tensor) -> Tensor:
+            fired.append(names[0])
+            return _disturbed(activation)
+
+        for name in names:
+            try:
+                changed = self.logits(batch, self.writers(name, disturb))
+            except ValueError as error:  # a Bridge says which switch of its config the hook needs
+                raise SiteError(f"this model cannot be patched at {name}: {error}") from error
+            if not fired:
+                raise SiteError(f"the hook point {name} never fired in a forward pass of this model.")
+            if not torch.equal(base, changed):
+                return True
+        return False
 
     # -- read-out ---------------------------------------------------------------------------
 
