@@ -135,8 +135,12 @@ def log_prob(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Te
 
 def kl_div(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tensor:
     """KL(clean ‖ this run) over the next token, in nats; 0 where the two agree."""
-    assert answers.reference is not None, "kl_div is scored against the clean run's log-probabilities"
     reference = answers.reference
+    if reference is None:
+        raise MetricError(
+            "kl_div compares a run with the clean run of its pair, which is known in a sweep only: "
+            "use patcher.sweep(dataset, ..., metric='kl_div')."
+        )
     return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
 
 
@@ -246,7 +250,7 @@ class PairScorer(Scorer):
         score = self.compute_metric(logits, pair)
         try:
             return float(score)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise MetricError(
                 f"compute_metric returned {type(score).__name__} for pair {pair}; expected one number."
             ) from error

@@ -144,7 +144,7 @@ class ActivationPatcher:
     def sweep(
         self,
         dataset: PatchingDataset,
-        activation: str | Sequence[str] | Sequence[Site] = "z",
+        activation: str | Site | Sequence[str] | Sequence[Site] = "z",
         over: Sequence[str] = ("layer", "head"),
         *,
         direction: Direction = "denoising",
@@ -192,7 +192,9 @@ class ActivationPatcher:
         Raises:
             PatchingError: before the first forward pass, with every problem found.
         """
-        _check_choices(direction=direction, method=method, engine=engine, store=store, max_rows=max_rows)
+        _check_choices(
+            direction=direction, method=method, engine=engine, store=store, max_rows=max_rows, seed=seed
+        )
         request = self._request(
             dataset,
             activation,
@@ -208,7 +210,7 @@ class ActivationPatcher:
         outcome = self._run(request, progress)
         result = self._collect(dataset, request, outcome, activation, direction)
         result.provenance.update(seed=seed, seconds=round(time.perf_counter() - started, 3))
-        warn_of_vanishing(result.effect(), "sweep") if _has_no_gap(result) else None
+        warn_of_vanishing(result.effect()[_exists(result)], "sweep")
         return result
 
     def _request(
@@ -255,7 +257,7 @@ class ActivationPatcher:
         dataset: PatchingDataset,
         request: Request,
         outcome: Outcome,
-        activation: str | Sequence[str] | Sequence[Site],
+        activation: str | Site | Sequence[str] | Sequence[Site],
         direction: Direction,
     ) -> SweepResult:
         face = self._face
@@ -269,8 +271,9 @@ class ActivationPatcher:
             )
             for pair in request.pairs
         )
-        names = activation if isinstance(activation, str) else tuple(
-            dict.fromkeys(a.activation.name if isinstance(a, Site) else a for a in activation)
+        items = [activation] if isinstance(activation, Site) else activation
+        names = items if isinstance(items, str) else tuple(
+            dict.fromkeys(a.activation.name if isinstance(a, Site) else a for a in items)
         )
         return SweepResult(
             request.grid.axes, outcome.clean, outcome.corrupted, outcome.patched, request.grid.cells,
@@ -306,7 +309,7 @@ def _by_destination(hook_point: str) -> bool:
 
 
 def _check_choices(
-    *, direction: str, method: str, engine: str, store: object, max_rows: int | None
+    *, direction: str, method: str, engine: str, store: object, max_rows: int | None, seed: int
 ) -> None:
     if direction not in DIRECTIONS:
         raise PatchingError(unknown("direction", direction, DIRECTIONS))
@@ -318,6 +321,8 @@ def _check_choices(
         raise PatchingError("store= is not available yet: this version keeps results in memory.")
     if max_rows is not None and max_rows < 1:
         raise PatchingError(f"max_rows={max_rows} has no room for one pair; it is at least 1.")
+    if seed < 0:
+        raise PatchingError(f"seed={seed} cannot seed a generator; it is at least 0.")
 
 
 def _replacement_problems(request: Request, rows: Sequence[int]) -> list[str]:
@@ -325,10 +330,9 @@ def _replacement_problems(request: Request, rows: Sequence[int]) -> list[str]:
     return request.replacement.check(clusters)
 
 
-def _has_no_gap(result: SweepResult) -> bool:
-    """Whether an existing cell lacks an effect for want of a denominator."""
-    exists = ~np.isnan(result.patched).all(-1)
-    return bool(np.isnan(result.effect()[exists]).any())
+def _exists(result: SweepResult) -> np.ndarray:
+    """Which cells exist in at least one pair."""
+    return ~np.isnan(result.patched).all(-1)
 
 
 @contextmanager

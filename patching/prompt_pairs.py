@@ -53,7 +53,13 @@ class PromptPairDataset(PatchingDataset):
 
     def _answers_of(self, model: Any, i: int, pair: PromptPair, bad: list[str]) -> Answers:
         def tokens(answers: Answer | tuple[Answer, ...], kind: str) -> tuple[int, ...]:
-            several = answers if isinstance(answers, tuple) else (answers,)
+            several = tuple(answers) if isinstance(answers, tuple | list) else (answers,)
+            if getattr(model, "tokenizer", None) is None and any(isinstance(a, str) for a in several):
+                bad.append(
+                    f"pair {i}: the {kind} answer {answers!r} is text, but this model has no tokenizer; "
+                    "give token ids."
+                )
+                return ()
             found = [_answer_tokens(model, pair.clean, answer) for answer in several]
             bad.extend(
                 f"pair {i}: the {kind} answer {answer!r} is {len(ids)} tokens {ids}, expected one. "
@@ -69,14 +75,14 @@ class PromptPairDataset(PatchingDataset):
         return [(pair.clean, pair.corrupted) for pair in self.pairs]
 
     def get_target_tokens(self, pair_idx: int) -> tuple[int, int]:
-        answers = self._answers[pair_idx]
+        answers = self.answers(pair_idx)
         if not answers.incorrect:
             raise PairError(f"pair {pair_idx} has no incorrect answer.")
         return answers.correct[0], answers.incorrect[0]
 
     @scored_by("metric")
     def compute_metric(self, logits: Float[Tensor, "1 pos d_vocab"], pair_idx: int) -> float:
-        answers = AnswerBatch.of([self._answers[pair_idx]], logits.device)
+        answers = AnswerBatch.of([self.answers(pair_idx)], logits.device)
         return float(self.metric(logits[:, -1], answers)[0])
 
     def answers(self, pair_idx: int) -> Answers:
@@ -96,8 +102,8 @@ class PromptPairDataset(PatchingDataset):
 
 def _answer_tokens(model: Any, prompt: Prompt, answer: Answer) -> list[int]:
     """The tokens that ``answer`` adds after ``prompt``; alone where joining changes the prompt's own."""
-    if isinstance(answer, int):
-        return [answer]
+    if not isinstance(answer, str):
+        return [int(answer)]
     alone = model.to_tokens(answer, prepend_bos=False)[0].tolist()
     if not isinstance(prompt, str):
         return alone

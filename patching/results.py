@@ -203,7 +203,8 @@ class SweepResult:
         parts.append((f"L{layer}" if layer is not None else "") + (f"H{head}" if head is not None else ""))
         parts += [str(point["role"])] if "role" in point else []
         parts += [f"{a} {point[a]}" for a in ("pos", "neuron", "dest_pos", "src_pos") if a in point]
-        if "pos" in point and (token := self.token(point["pos"])) is not None:
+        pos = point.get("pos")
+        if isinstance(pos, int | np.integer) and (token := self.token(int(pos))) is not None:
             parts.append(repr(token))
         return " ".join(part for part in parts if part)
 

@@ -150,6 +150,16 @@ class Choice:
     heads: Sequence[int] | None = None
     window: int = 1
 
+    def as_tuples(self) -> "Choice":
+        """The same choice, with plain numbers whatever was given: a range, an array, a tensor."""
+
+        def plain(values: Sequence[int | str] | None) -> tuple | None:
+            if values is None:
+                return None
+            return tuple(value if isinstance(value, str) else int(value) for value in values)
+
+        return Choice(plain(self.layers), plain(self.positions), plain(self.heads), self.window)
+
 
 def grid(
     activation: str | Site | Sequence[str] | Sequence[Site],
@@ -166,6 +176,8 @@ def grid(
     A list of activations adds a leading ``activation`` axis; a list of sites is one axis ``site``.
     Raises :class:`SiteError` for anything that does not exist, naming what does.
     """
+    over = (over,) if isinstance(over, str) else tuple(over)
+    choice = choice.as_tuples()
     items = [activation] if isinstance(activation, str | Site) else list(activation)
     if not items:
         raise SiteError("no activation to sweep: give a name, a list of names or a list of sites.")
@@ -258,6 +270,9 @@ def _check_request(
         bad.append("'pos' and 'role' both name token positions: sweep over one of them.")
     if "role" in over and not roles:
         bad.append("this dataset names no roles; sweep over 'pos', or override its roles().")
+    for name in ("layers", "positions", "heads"):
+        if getattr(choice, name) == ():
+            bad.append(f"{name} is empty: leave it out to keep them all.")
     layers = {layer for kind in kinds for layer in kind.layers or ()}
     bad += _outside("layer", choice.layers, layers)
     heads = set(range(max(kind.heads(shape) for kind in kinds)))
@@ -274,6 +289,13 @@ def _check_request(
         )
     elif choice.window > len(layers):
         bad.append(f"window={choice.window} is larger than the {len(layers)} layers there are.")
+    else:
+        short = [l for l in choice.layers or () if l in layers and l + choice.window - 1 > max(layers)]
+        if short:
+            bad.append(
+                f"window={choice.window} does not fit at layer {', '.join(map(str, short))}: "
+                f"the last layer is {max(layers)}."
+            )
     if bad:
         raise SiteError("\n".join(dict.fromkeys(bad)))
 
