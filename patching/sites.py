@@ -287,7 +287,7 @@ def _check_request(
             f"window={choice.window}: a window joins consecutive layers, so it is at least 1 and "
             "needs 'layer' among the axes of over."
         )
-    elif choice.window > len(layers):
+    elif choice.window > max(1, len(layers)):
         bad.append(f"window={choice.window} is larger than the {len(layers)} layers there are.")
     else:
         short = [l for l in choice.layers or () if l in layers and l + choice.window - 1 > max(layers)]
