@@ -1,6 +1,6 @@
 """Trains the embedded model ``tiny`` on fresh samples of the bundled tasks.
 
-    python experiments/train_tiny.py             trains, measures, writes patching/weights/tiny.*
+    python experiments/train_tiny.py             trains, writes patching/weights/tiny.*, measures
     python experiments/train_tiny.py --measure   measures the stored weights again
 
 Recipe: AdamW, one-cycle learning rate with peak 2e-3, batches of 64 fresh prompts. A batch holds
@@ -19,9 +19,10 @@ import platform
 import random
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,30 +32,32 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native.model import NativeAttention, NativeModel
 
 from patching.fill import Rows, answer_words, draw, fill
+from patching.metrics import METRICS, AnswerBatch, Metric
 from patching.taskfile import Ref, Task, Template, read_task
-from patching.tiny import WEIGHTS, build_tokenizer
+from patching.tasks import TemplateDataset
+from patching.tiny import WEIGHTS, build_tokenizer, facts, load_tiny
 
 DATASETS = Path(__file__).parent.parent / "datasets"
 
 SEED = 0
-STEPS = 3000
+STEPS = 6000
 BATCH = 64
 PEAK_LR = 2e-3
 LM_WEIGHT = 0.3
-THREADS = 2
+THREADS = 1
 
 SHAPE = dict(n_layers=4, n_heads=8, d_model=128, d_head=16, d_mlp=512, n_ctx=48)
 SPECIAL = ["<bos>", "<eos>", "<pad>", "<unk>"]
 BOS, PAD = 0, 2
 
 MIX = {
-    "ioi": 0.35,
+    "ioi": 0.33,
     "greater_than": 0.10,
     "gendered_pronoun": 0.08,
     "sva": 0.08,
     "country_capital": 0.10,
-    "induction": 0.14,
-    "repeat": 0.15,
+    "induction": 0.18,
+    "repeat": 0.13,
 }
 HELD_OUT_TEMPLATES = {
     "ioi": ["while_working_abba", "while_working_baba", "afterwards_abba", "afterwards_baba"],
@@ -74,13 +77,11 @@ HELD_OUT_SLOTS = {
 }
 
 
-def held_out(task: Task, rows: Rows) -> bool:
+def held_out(task: str, fillers: Mapping[str, str]) -> bool:
     """Whether the words of a prompt's two main slots, in either order, were kept out of training."""
-    slots = HELD_OUT_SLOTS[task.name]
-    if not all(slot in rows for slot in slots):
-        return False
-    words = sorted(next(iter(rows[slot].values())) for slot in slots)
-    return zlib.crc32(" ".join(words).encode()) % 5 == 0
+    slots = HELD_OUT_SLOTS[task]
+    words = sorted(fillers[slot] for slot in slots if slot in fillers)
+    return len(words) == len(slots) and zlib.crc32(" ".join(words).encode()) % 5 == 0
 
 
 def vocabulary(tasks: dict[str, Task]) -> list[str]:
@@ -124,6 +125,11 @@ def answers_of(task: Task, template: Template, clean: Rows, shown: Rows) -> list
     return answer_words(task, template.correct, shown, shown, words)
 
 
+def first_words(rows: Rows) -> dict[str, str]:
+    """The word by which each row is known: its first column."""
+    return {slot: next(iter(row.values())) for slot, row in rows.items()}
+
+
 def examples(task: Task, rng: random.Random) -> Iterator[Example]:
     """Endless training prompts of a task, clean and corrupted by turns, nothing held out."""
     templates = [t for n, t in task.templates.items() if n not in HELD_OUT_TEMPLATES[task.name]]
@@ -132,7 +138,7 @@ def examples(task: Task, rng: random.Random) -> Iterator[Example]:
     while True:
         template = rng.choice(templates)
         pair = draw(task, template, rng.choice(corruptions), words, rng)
-        if not any(held_out(task, rows) for rows in pair):
+        if not any(held_out(task.name, first_words(rows)) for rows in pair):
             shown = rng.choice(pair)
             yield Example(fill(template, shown)[0], answers_of(task, template, pair[0], shown))
 
@@ -232,50 +238,39 @@ def train(tasks: dict[str, Task], words: list[str]) -> NativeModel:
         if step % 100 == 99:
             seconds = time.perf_counter() - start
             print(f"step {step + 1}: answer {answer:.3f}, text {text:.3f}, {seconds:.0f} s", flush=True)
-        if step % 500 == 499:
-            print(json.dumps(measure(model, tasks, words, n=128)), flush=True)
     return model
 
 
 @torch.inference_mode()
-def measure(
-    model: NativeModel, tasks: dict[str, Task], words: list[str], n: int = 500
-) -> dict[str, dict[str, float]]:
-    """Accuracy on prompts whose combination of words was held out, and on held-out templates."""
-    return {
-        name: {
-            "held_out_words": accuracy(model, task, words, n, HELD_OUT_TEMPLATES[name], inside=False),
-            "held_out_templates": accuracy(model, task, words, n, HELD_OUT_TEMPLATES[name], inside=True),
-        }
-        for name, task in tasks.items()
-    }
+def measure(task: Task) -> dict[str, Any]:
+    """How well the stored model does a task on words and templates that it was not trained on."""
+    model = load_tiny()
+    both = [t.name for t in task.templates.values() if set(HELD_OUT_SLOTS[task.name]) <= set(t.slots)]
+    new = [name for name in HELD_OUT_TEMPLATES[task.name] if name in both]
+    seen = [name for name in both if name not in new]
 
-
-def accuracy(
-    model: NativeModel, task: Task, words: list[str], n: int, held_out_templates: list[str], *, inside: bool
-) -> float:
-    """Share of clean prompts where the best correct answer has a higher logit than every incorrect one."""
-    rng = random.Random(SEED + 1)
-    templates = [t for name, t in task.templates.items() if (name in held_out_templates) == inside]
-    templates = [t for t in templates if set(HELD_OUT_SLOTS[task.name]) <= set(t.slots)]
-    lists = {name: w.rows for name, w in task.words.items()}
-    tokenizer, ids = build_tokenizer(words), {word: i for i, word in enumerate(words)}
-    corruption = task.corruptions[task.corruption]
-    right = 0
-    for i in range(n):
-        template = templates[i % len(templates)]
-        while True:
-            clean, corrupted = draw(task, template, corruption, lists, rng)
-            if held_out(task, clean):
-                break
-        row = [BOS, *tokenizer(fill(template, clean)[0], add_special_tokens=False)["input_ids"]]
-        logits = model(torch.tensor([row]))[0, -1]
-        correct, incorrect = (
-            logits[[ids[w] for w in answer_words(task, rule, clean, corrupted, lists)]].max()
-            for rule in (template.correct, template.incorrect)
+    def scores(templates: list[str], metric: Metric, corruption: str | None = None) -> tuple[float, float]:
+        dataset = TemplateDataset(
+            DATASETS / f"{task.name}.toml", model, 1000, corruption, SEED + 1, templates
         )
-        right += int(correct > incorrect)
-    return round(right / n, 4)
+        chosen = [i for i in range(len(dataset)) if held_out(task.name, dataset.fillers(i))]
+        means = []
+        for prompts in zip(*dataset.get_clean_corrupt_pairs(), strict=True):
+            rows = [model(prompts[i])[:, -1] for i in chosen]
+            answers = AnswerBatch.of([dataset.answers(i) for i in chosen])
+            means.append(round(metric(torch.cat(rows), answers).mean().item(), 4))
+        return means[0], means[1]
+
+    return {
+        "accuracy_held_out_words": scores(seen, METRICS["accuracy"])[0],
+        "accuracy_held_out_templates": scores(new, METRICS["accuracy"])[0],
+        task.metric: {
+            corruption: dict(
+                zip(("clean", "corrupted"), scores(both, METRICS[task.metric], corruption), strict=True)
+            )
+            for corruption in task.corruptions
+        },
+    }
 
 
 def main() -> None:
@@ -284,48 +279,44 @@ def main() -> None:
     only_measure = parser.parse_args().measure
     torch.set_num_threads(THREADS)
     tasks = {name: read_task(DATASETS / f"{name}.toml") for name in HELD_OUT_SLOTS}
-    described = WEIGHTS / "tiny.json"
-    if only_measure:
-        facts = json.loads(described.read_text(encoding="utf-8"))
-        words = facts["vocabulary"]
-    else:
-        words = vocabulary(tasks)
-        start = time.perf_counter()
-        model = train(tasks, words)
-        seconds = time.perf_counter() - start
-        stored = save({k: v.half().contiguous() for k, v in model.state_dict().items()})
-        (WEIGHTS / "tiny.safetensors").write_bytes(stored)
-        facts = {
-            "name": "tiny",
-            "sha256": hashlib.sha256(stored).hexdigest(),
-            "config": config(len(words)),
-            "recipe": " ".join((__doc__ or "").split("Recipe: ")[1].split()),
-            "seed": SEED,
-            "steps": STEPS,
-            "batch": BATCH,
-            "peak_lr": PEAK_LR,
-            "mix": MIX,
-            "training_seconds": round(seconds),
-            "trained_with": f"torch {torch.__version__}, {THREADS} threads, {platform.machine()} CPU",
-            "held_out": {
-                "rule": "crc32 of the sorted words of the slots, joined by a space, is divisible by 5",
-                "slots": HELD_OUT_SLOTS,
-                "templates": HELD_OUT_TEMPLATES,
-            },
-            "vocabulary": words,
-        }
-    model = stored_model(len(words))
-    facts["gates"] = measure(model, tasks, words)
-    described.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(facts["gates"], indent=1), facts["sha256"])
+    if not only_measure:
+        write(train_and_describe(tasks))
+    write({**facts(), "gates": {name: measure(task) for name, task in tasks.items()}})
+    print(json.dumps({key: facts()[key] for key in ("gates", "training_seconds", "sha256")}, indent=1))
 
 
-def stored_model(d_vocab: int) -> NativeModel:
-    from safetensors.torch import load_file
+def train_and_describe(tasks: dict[str, Task]) -> dict[str, Any]:
+    """Trains, stores the weights in half precision, and says what they are."""
+    words = vocabulary(tasks)
+    start = time.perf_counter()
+    model = train(tasks, words)
+    seconds = time.perf_counter() - start
+    stored = save({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()})
+    (WEIGHTS / "tiny.safetensors").write_bytes(stored)
+    return {
+        "name": "tiny",
+        "sha256": hashlib.sha256(stored).hexdigest(),
+        "config": config(len(words)),
+        "recipe": " ".join(__doc__.split("Recipe: ")[1].split()),
+        "trained_by": "experiments/train_tiny.py",
+        "seed": SEED,
+        "steps": STEPS,
+        "batch": BATCH,
+        "mix": MIX,
+        "training_seconds": round(seconds),
+        "trained_with": f"torch {torch.__version__}, {THREADS} threads, {platform.machine()} CPU",
+        "held_out": {
+            "rule": "crc32 of the sorted words of the slots, joined by a space, is divisible by 5",
+            "slots": HELD_OUT_SLOTS,
+            "templates": HELD_OUT_TEMPLATES,
+        },
+        "vocabulary": words,
+    }
 
-    model = new_model(d_vocab)
-    model.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS / "tiny.safetensors").items()})
-    return model.eval()
+
+def write(described: dict[str, Any]) -> None:
+    (WEIGHTS / "tiny.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    facts.cache_clear()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformer_lens
 from safetensors.torch import load
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -27,16 +26,14 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load_tiny(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
-    """The embedded model as a HookedTransformer, or as a TransformerBridge where TransformerLens has none."""
-    if hasattr(transformer_lens, "HookedTransformer"):
-        return tiny_hooked(device, dtype)
-    return tiny_bridge(device, dtype)
+    """The embedded model as a HookedTransformer, or as a TransformerBridge where TransformerLens has none.
 
-
-def tiny_hooked(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
-    """The embedded model as a HookedTransformer, its weights as they were trained (nothing folded)."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
+    Its weights are as they were trained: no LayerNorm folded, nothing centred.
+    """
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:  # removed in TransformerLens 4
+        return tiny_bridge(device, dtype)
     config = HookedTransformerConfig(**facts()["config"], device=_name(device), dtype=dtype or torch.float32)
     with torch.random.fork_rng():  # new parameters are drawn before they are loaded
         model = HookedTransformer(config, tokenizer=build_tokenizer(facts()["vocabulary"]))
@@ -49,9 +46,16 @@ def tiny_bridge(
 ) -> TransformerBridge:
     """The embedded model as a TransformerBridge over TransformerLens' own ``NativeModel``."""
     config = TransformerBridgeConfig(**facts()["config"], device=_name(device), dtype=dtype or torch.float32)
+    tokenizer = build_tokenizer(facts()["vocabulary"])
     with torch.random.fork_rng():  # new parameters are drawn before they are loaded
-        model = TransformerBridge.boot_native(config, tokenizer=build_tokenizer(facts()["vocabulary"]))
-    model.original_model.load_state_dict(weights())
+        model = TransformerBridge.boot_native(config, tokenizer, device=config.device, dtype=config.dtype)
+    # inside a bridge, NativeModel's own names have the wrappers' names between them
+    parameters = {
+        n.replace("._original_component", ""): p for n, p in model.original_model.named_parameters()
+    }
+    with torch.no_grad():
+        for name, value in weights().items():
+            parameters[name].copy_(value)
     return model.eval()
 
 
