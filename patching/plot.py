@@ -111,7 +111,7 @@ class _Drawing:
         return self.effects.transpose([names.index(axis) for axis in order if axis is not None])
 
     def labels(self, axis: str) -> list[str]:
-        return [_label(self.result.pairs, axis, value) for value in self.axes[axis]]
+        return _labels(self.result, axis, self.axes[axis])
 
     @property
     def norm(self) -> Normalize:
@@ -365,23 +365,24 @@ def _panel_name(axis: str, label: str) -> str:
     return label if axis in ("activation", "role") else f"{axis} {label}"
 
 
-def _label(pairs: Sequence[PairInfo], axis: str, value: Any) -> str:
-    if axis in POSITIONS or axis == "role":
-        return _position_label(pairs, value)
-    return str(value)
+def _labels(result: SweepResult, axis: str, values: Sequence[Any]) -> list[str]:
+    if axis not in POSITIONS and axis != "role":
+        return [str(value) for value in values]
+    labels = [_position_label(result, value) for value in values]
+    bare = all(label.startswith("pos ") for label in labels)  # no token among them to tell them from
+    return [label.removeprefix("pos ") for label in labels] if bare else labels
 
 
-def _position_label(pairs: Sequence[PairInfo], pos: int | str) -> str:
+def _position_label(result: SweepResult, pos: int | str) -> str:
     """The token where all pairs have the same one, else the role, else the number."""
-    there = [(pair, at) for pair in pairs for at in _places(pair, pos)]
+    there = [(pair, at) for pair in result.pairs for at in _places(pair, pos)]
     tokens = {(pair.clean_tokens[at], pair.corrupted_tokens[at]) for pair, at in there}
     differ = any(clean != corrupted for clean, corrupted in tokens)
     if len(tokens) == 1 and not isinstance(pos, str):
         clean, corrupted = map(_token, tokens.pop())
         return f"{clean} / {corrupted}" if differ else clean
-    roles = {_role(pair, at) for pair, at in there}
-    name = roles.pop() if len(roles) == 1 else None
-    return (name or str(pos)) + ("*" if differ else "")
+    name = pos if isinstance(pos, str) else result.role(pos) or f"pos {pos}"
+    return name + ("*" if differ else "")
 
 
 def _places(pair: PairInfo, pos: int | str) -> tuple[int, ...]:
@@ -390,10 +391,6 @@ def _places(pair: PairInfo, pos: int | str) -> tuple[int, ...]:
     if isinstance(pos, str):
         return tuple(pair.roles.get(pos, ()))
     return (pos % length,) if -length <= pos < length else ()
-
-
-def _role(pair: PairInfo, at: int) -> str | None:
-    return next((role for role, places in pair.roles.items() if at in places), None)
 
 
 def _token(token: str) -> str:

@@ -74,6 +74,11 @@ class PairInfo:
     roles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     template: str = ""
 
+    def role_at(self, pos: int) -> str | None:
+        """The first role that a position has, if any; negative positions count from the end."""
+        at = pos % len(self.clean_tokens)
+        return next((role for role, places in self.roles.items() if at in places), None)
+
 
 @dataclass(frozen=True)
 class SweepResult:
@@ -197,21 +202,27 @@ class SweepResult:
         )
 
     def _name(self, point: Mapping[str, Any]) -> str:
-        """A short name of a cell: ``L9H6``, ``L5 pos 10 ' John'``, ``L7 S2``."""
+        """A short name of a cell: ``L9H6``, ``L5 pos 10 ' John'``, ``L5 pos 10 S2``, ``L7 S2``."""
         layer, head = point.get("layer"), point.get("head")
         parts = [str(point[a]) for a in ("activation", "site") if a in point]
         parts.append((f"L{layer}" if layer is not None else "") + (f"H{head}" if head is not None else ""))
         parts += [str(point["role"])] if "role" in point else []
         parts += [f"{a} {point[a]}" for a in ("pos", "neuron", "dest_pos", "src_pos") if a in point]
         pos = point.get("pos")
-        if isinstance(pos, int | np.integer) and (token := self.token(int(pos))) is not None:
-            parts.append(repr(token))
+        if isinstance(pos, int | np.integer):
+            token = self.token(int(pos))
+            parts.append(repr(token) if token is not None else self.role(int(pos)) or "")
         return " ".join(part for part in parts if part)
 
     def token(self, pos: int) -> str | None:
         """The clean token at a position, where it is the same in every pair."""
         tokens = {p.clean_tokens[pos] for p in self.pairs if -len(p.clean_tokens) <= pos < len(p.clean_tokens)}
         return tokens.pop() if len(tokens) == 1 else None
+
+    def role(self, pos: int) -> str | None:
+        """The role at a position, where it is the same in every pair."""
+        roles = {p.role_at(pos) for p in self.pairs if -len(p.clean_tokens) <= pos < len(p.clean_tokens)}
+        return roles.pop() if len(roles) == 1 else None
 
     def records(self) -> list[PatchingResult]:
         """One :class:`PatchingResult` for each cell and pair in which the cell exists."""
