@@ -29,6 +29,8 @@ class Replacement(ABC):
 
     name: str
     reads: Literal["source", "base"] | None
+    across_pairs: bool = False
+    """Whether the values of one pair are made from other pairs' activations too."""
 
     def check(self, clusters: Clusters) -> list[str]:
         """What is wrong with using this replacement on these pairs; empty if nothing."""
@@ -75,6 +77,7 @@ class Mean(Replacement):
 
     name = "mean"
     reads = "source"
+    across_pairs = True
 
     def values(
         self, hook_point: str, activations: Float[Tensor, "pair ..."], pairs: Sequence[int],
@@ -97,6 +100,7 @@ class Resample(Replacement):
     seed: int
     name = "resample"
     reads = "source"
+    across_pairs = True
 
     def check(self, clusters: Clusters) -> list[str]:
         alone = [rows[0] for rows in clusters if len(rows) < 2]
@@ -136,6 +140,7 @@ class GaussianNoise(Replacement):
     scale: float = 3.0
     name = "gaussian_noise"
     reads = "base"
+    across_pairs = True
 
     def values(
         self, hook_point: str, activations: Float[Tensor, "pair ..."], pairs: Sequence[int],

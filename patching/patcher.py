@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from patching.dataset import PatchingDataset
-from patching.engine import Outcome, Request, reference
+from patching.engine import Outcome, Request, exact, reference
 from patching.errors import InterventionError, PatchingError, SiteError, unknown
 from patching.interventions import Replacement, replacement_of
 from patching.models import face_of
@@ -126,17 +126,15 @@ class ActivationPatcher:
     ) -> dict[str, list[PatchingResult]]:
         """Denoise each hook point in each pair, scored with the dataset's own metric."""
         names = list(dict.fromkeys(hook_points))
-        sites = [
-            Site(n, dest_pos=position) if _by_destination(n) else Site(n, pos=position) for n in names
-        ]
+        sites = [Site(n, dest_pos=position) if _by_destination(n) else Site(n, pos=position) for n in names]
         request = self._request(dataset, sites, (), pair_indices=pair_indices)
-        outcome = self._run(request, progress=False)
-        effects = effect_of(outcome.clean, outcome.corrupted, outcome.patched, "denoising")
+        outcome = self._run(request, "auto", progress=False)
+        effects = effect_of(outcome.clean, outcome.corrupted, outcome.cells, "denoising")
         warn_of_vanishing(effects, "run_patching_experiment")
         return {
             name: [
                 PatchingResult(name, *map(float, values))
-                for values in zip(outcome.clean, outcome.corrupted, outcome.patched[n], effects[n])
+                for values in zip(outcome.clean, outcome.corrupted, outcome.cells[n], effects[n])
             ]
             for n, name in enumerate(names)
         }
@@ -207,7 +205,7 @@ class ActivationPatcher:
             max_rows=max_rows,
         )
         started = time.perf_counter()
-        outcome = self._run(request, progress)
+        outcome = self._run(request, engine, progress)
         result = self._collect(dataset, request, outcome, activation, direction)
         result.provenance.update(seed=seed, seconds=round(time.perf_counter() - started, 3))
         warn_of_vanishing(result.effect()[_exists(result)], "sweep")
@@ -246,11 +244,14 @@ class ActivationPatcher:
             raise InterventionError("\n".join(dict.fromkeys(bad)))
         return request
 
-    def _run(self, request: Request, progress: bool) -> Outcome:
+    def _run(self, request: Request, engine: str, progress: bool) -> Outcome:
         names = request.grid.hook_points()
-        with self._face.at_rest(names), _bar(reference.forwards(request), progress) as step:
+        runs = sum(map(bool, request.grid.cells)) * len(request.pairs)
+        with self._face.at_rest(names), _bar(runs, progress) as step:
             self._face.check_writable(names, request.pairs[0].clean)
-            return reference.run(request, step)
+            if engine == "reference":
+                return reference.run(request, step)
+            return exact.run(request, step)[0]
 
     def _collect(
         self,
@@ -272,11 +273,14 @@ class ActivationPatcher:
             for pair in request.pairs
         )
         items = [activation] if isinstance(activation, Site) else activation
-        names = items if isinstance(items, str) else tuple(
-            dict.fromkeys(a.activation.name if isinstance(a, Site) else a for a in items)
+        names = (
+            items
+            if isinstance(items, str)
+            else tuple(dict.fromkeys(a.activation.name if isinstance(a, Site) else a for a in items))
         )
+        patched = outcome.cells.reshape(*request.grid.shape, len(pairs))
         return SweepResult(
-            request.grid.axes, outcome.clean, outcome.corrupted, outcome.patched, request.grid.cells,
+            request.grid.axes, outcome.clean, outcome.corrupted, patched, request.grid.cells,
             pairs, names, direction, request.scorer.name, self._provenance(dataset, request),
         )  # fmt: skip
 
@@ -294,7 +298,6 @@ class ActivationPatcher:
             "metric": request.scorer.name,
             "method": "exact",
             "engine": "reference",
-            "forwards": reference.forwards(request),
             "versions": {
                 "patching": version("patching"),
                 "transformer_lens": version("transformer_lens"),
@@ -337,5 +340,5 @@ def _exists(result: SweepResult) -> np.ndarray:
 
 @contextmanager
 def _bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=total, disable=not shown, desc="patching", unit="forward") as bar:
+    with tqdm(total=total, disable=not shown, desc="patching", unit="run") as bar:
         yield bar.update

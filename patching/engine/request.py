@@ -76,11 +76,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep measured."""
+    """What a sweep measured; NaN where nothing was, or where a cell does not exist."""
 
     clean: np.ndarray  # [pair]
     corrupted: np.ndarray  # [pair]
-    patched: np.ndarray  # [*axes, pair], NaN where a cell does not exist
+    cells: np.ndarray  # [cell, pair]
+
+    @classmethod
+    def empty(cls, request: Request) -> "Outcome":
+        n_cells, n_pairs = len(request.grid.cells), len(request.pairs)
+        return cls(*(np.full(shape, np.nan) for shape in (n_pairs, n_pairs, (n_cells, n_pairs))))
 
 
 def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:

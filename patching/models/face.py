@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patching.errors import ModelError, SiteError
+from patching.models.block import Block
 from patching.sites import ModelShape, activation_of, split_layer
 
 Write = Callable[[Tensor], Tensor]
@@ -212,7 +213,18 @@ class LanguageModel(ABC):
                 return True
         return False
 
-    # -- read-out ---------------------------------------------------------------------------
+    # -- blocks and read-out ------------------------------------------------------------------
+
+    def block(self, layer: int) -> Block | None:
+        """The equations of a block, made from the model's weights; ``None`` where they are not known.
+
+        Known equations are a claim that the engine checks against the model's own run before use.
+        """
+        return None
+
+    def has_hooks(self) -> bool:
+        """Whether somebody has attached hooks, which equations would pass by."""
+        return any(hook.fwd_hooks for hook in self.model.hook_dict.values())
 
     @abstractmethod
     def read_out(

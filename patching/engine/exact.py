@@ -1,0 +1,178 @@
+"""The fast engine: exact effects without computing again what the base run already knows.
+
+For each batch of pairs: run and score the unpatched prompts, keep the base run's residual stream,
+then send waves of patches down the layers (``resume``). Where a model's equations are not known, or
+hooks of the user's would be passed by, whole forward passes carry many patched runs as rows instead
+(``whole``).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patching.engine import resume, whole
+from patching.engine.baseline import Unpatched, as_numpy, pairs_at_once, shared_values, unpatched
+from patching.engine.plan import Group, Patch, Wave, groups, waves
+from patching.engine.readout import score_rows
+from patching.engine.reference import Step
+from patching.engine.request import Outcome, Request, chunks
+from patching.engine.writes import inner
+from patching.interventions import Custom, GaussianNoise
+from patching.models.block import Block
+from patching.sites import ACTIVATIONS, Site
+
+WAVE_BYTES = 2**29
+"""Activations of a wave's rows that are held at a time, where the user sets no ``max_rows``."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two computations of the same number may lie apart, relative to its size."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 3e-2)
+
+
+@dataclass
+class Tally:
+    """How the patched runs of a sweep were made."""
+
+    resumed: int = 0
+    whole: int = 0
+    zero: int = 0
+    reasons: list[str] = field(default_factory=list)
+    """Why whole forward passes were needed, where they were."""
+
+
+def run(request: Request, step: Step = lambda n: None) -> tuple[Outcome, Tally]:
+    """Measure every cell of the request on every pair."""
+    outcome, tally = Outcome.empty(request), Tally()
+    for rows in request.lengths():
+        shared = shared_values(request, rows)
+        for group in groups(request, rows):
+            for batch in chunks(group.rows, pairs_at_once(request, group.rows)):
+                places = [rows.index(row) for row in batch]
+                here = {name: value[places] for name, value in shared.items()}
+                _run_batch(request, replace(group, rows=tuple(batch)), here, outcome, tally, step)
+    return outcome, tally
+
+
+def _run_batch(
+    request: Request, group: Group, shared: dict[str, Tensor], outcome: Outcome, tally: Tally, step: Step
+) -> None:
+    runs, batch = unpatched(request, group.rows, shared), list(group.rows)
+    outcome.clean[batch], outcome.corrupted[batch] = runs.clean, runs.corrupted
+    base_scores = runs.corrupted if request.denoising else runs.clean
+    still = _unchanged(request, group.patches, runs)
+    for number in group.zeros:
+        outcome.cells[number, batch] = base_scores
+    moving = []
+    for patch, unchanged in zip(group.patches, still, strict=True):
+        outcome.cells[patch.number, batch] = np.where(unchanged, base_scores, np.nan)
+        if not unchanged.all():
+            moving.append(patch)
+    zero = (len(group.zeros) + len(group.patches) - len(moving)) * len(batch)
+    tally.zero += zero
+    step(zero)
+    for wave, scores in _waves(request, group, moving, runs, tally):
+        at = np.ix_([patch.number for patch in wave.patches], wave.rows)
+        known = outcome.cells[at]  # pairs in which the patch changes nothing keep the base run's score
+        outcome.cells[at] = np.where(np.isnan(known), as_numpy(scores), known)
+        step(len(wave.patches) * len(wave.rows))
+
+
+def _waves(
+    request: Request, group: Group, patches: Sequence[Patch], runs: Unpatched, tally: Tally
+) -> Iterator[tuple[Wave, Tensor]]:
+    """Each wave with the metric of its rows ``[cell, pair]``."""
+    base, reason = _base(request, group, runs) if patches else (None, None)
+    resumable = [p for p in patches if base is not None and _inside_blocks(p)]
+    limit = request.max_rows or _rows_in_memory(request, group)
+    end_only = request.scorer.reads != "all"
+    blocks = _blocks(request)
+    ordered = resume.order(request.replacement, blocks, resumable)
+    for wave in waves(group, ordered, limit):
+        places = [group.rows.index(row) for row in wave.rows]
+        assert base is not None
+        here = base if len(places) == len(group.rows) else base.of(places)
+        final = resume.run_wave(blocks, request.replacement, wave, here, end_only=end_only)
+        numbers = request.indices(wave.rows)
+        yield wave, score_rows(request, runs.scorer, numbers, final, here.resid_pre[-1])
+        tally.resumed += len(wave.patches) * len(wave.rows)
+    rest = [replace(p, start=0) for p in patches if p not in set(resumable)]
+    for wave in waves(group, rest, max(1, min(limit, pairs_at_once(request, group.rows)))):
+        places = [group.rows.index(row) for row in wave.rows]
+        values = {name: value[places] for name, value in runs.values.items()}
+        yield wave, whole.run_wave(request, wave, values, runs.scorer, request.indices(wave.rows))
+        tally.whole += len(wave.patches) * len(wave.rows)
+    if rest:
+        tally.reasons.append(reason or "a hook point outside the blocks' equations is patched")
+
+
+def _inside_blocks(patch: Patch) -> bool:
+    return all(site.activation.name in ACTIVATIONS for site, _ in patch.sites)
+
+
+def _blocks(request: Request) -> resume.Blocks:
+    def block(layer: int) -> Block:
+        equations = request.model.block(layer)
+        assert equations is not None
+        return equations
+
+    return block
+
+
+def _base(request: Request, group: Group, runs: Unpatched) -> tuple[resume.Base | None, str | None]:
+    """The base runs through the model's equations, or why they cannot be used."""
+    model = request.model
+    if model.has_hooks():
+        return None, "the model carries hooks, which resuming would pass by"
+    if any(model.block(layer) is None for layer in range(model.n_layers)):
+        return None, "the equations of this architecture are not known"
+    _, first = model.cache(request.base(group.rows), ["blocks.0.hook_resid_pre"])
+    embedded = first["blocks.0.hook_resid_pre"]
+    resid_pre, resid_mid = resume.residuals(_blocks(request), model.n_layers, embedded)
+    expected = runs.base_logits[:, -1]
+    difference = float((model.read_out(resid_pre[-1][:, -1]) - expected).abs().max())
+    if not difference <= tolerance(model.dtype) * max(1.0, float(expected.abs().max())):
+        return None, (
+            f"the equations read off this model miss its own logits by {difference:.2g}: it does "
+            "something they do not say"
+        )
+    return resume.Base(resid_pre, resid_mid, runs.live, runs.values), None
+
+
+def _rows_in_memory(request: Request, group: Group) -> int:
+    """Rows whose activations fit in :data:`WAVE_BYTES`."""
+    model, positions = request.model, group.length - min(group.first, group.length - 1)
+    d_model, d_mlp = int(model.cfg.d_model), model.shape.d_mlp or 0
+    width = 10 * d_model + 2 * d_mlp + 3 * model.n_heads * group.length
+    return max(1, WAVE_BYTES // (positions * width * model.dtype.itemsize))
+
+
+def _unchanged(request: Request, patches: Sequence[Patch], runs: Unpatched) -> list[np.ndarray]:
+    """For each patch, the pairs in which it writes bit for bit what is there already."""
+    if isinstance(request.replacement, Custom | GaussianNoise):
+        return [np.zeros(len(runs.clean), dtype=bool) for _ in patches]
+    changed = {name: _changed(live, runs.values.get(name)) for name, live in runs.live.items()}
+    return [
+        ~np.any([_at(changed[s.hook_point], s, at).any(axis=1) for s, at in patch.sites], axis=0)
+        for patch in patches
+    ]
+
+
+def _changed(live: Tensor, values: Tensor | None) -> np.ndarray:
+    """Where an activation changes, entry by entry."""
+    return (live != 0 if values is None else live != values).cpu().numpy()
+
+
+def _at(changed: np.ndarray, site: Site, positions: Sequence[int]) -> np.ndarray:
+    """The entries of a site, ``[pair, entry]``."""
+    at = list(positions)
+    if "dest_pos" in site.activation.axes:
+        part = changed[:, slice(None) if site.head is None else [site.head]][:, :, at]
+        part = part if site.src_pos is None else part[..., [site.src_pos]]
+    else:
+        part = changed[:, at]
+        part = part if inner(site) is None else part[:, :, [inner(site)]]
+    return part.reshape(len(part), -1)

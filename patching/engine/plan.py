@@ -1,0 +1,121 @@
+"""The plan: which cells need running, from which layer and position on, and which share a wave.
+
+A patched run can differ from the base run only from the first layer and the first position that one
+of its sites changes. Cells that start at the same position travel down the layers together, as one
+:class:`Wave`, joining it at their own layer. Cells that cannot reach the read-out are not run: their
+effect is exactly zero.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from patching.engine.request import Request
+from patching.interventions import Paired
+from patching.sites import Site
+
+Placed = tuple[Site, tuple[int, ...]]
+"""A site with the token positions at which it can change the run."""
+
+KEYS = ("k", "v", "resid_pre")
+"""Activations that a later position reads in their own layer."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One cell in one group of pairs: what is written, and from where the run has to be resumed."""
+
+    number: int
+    """The cell's place in the grid."""
+    sites: tuple[Placed, ...]
+    layer: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Patches that start at the same position, in the order in which they join, on some pairs."""
+
+    rows: tuple[int, ...]
+    start: int
+    patches: tuple[Patch, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pairs whose prompts agree in length, first differing token and (where used) role positions."""
+
+    rows: tuple[int, ...]
+    length: int
+    first: int
+    """The first position at which paired values can differ from the base run's."""
+    patches: tuple[Patch, ...]
+    zeros: tuple[int, ...]
+    """Cells that exist but cannot reach the read-out."""
+
+
+def groups(request: Request, rows: Sequence[int]) -> list[Group]:
+    """Rows of one length in groups, with what has to be run in each."""
+    by_role = any(isinstance(s.pos, str) for cell in request.grid.cells for s in cell)
+    keyed: dict[tuple, list[int]] = defaultdict(list)
+    for row in rows:
+        pair = request.pairs[row]
+        roles = tuple(sorted(pair.roles.items())) if by_role else ()
+        keyed[len(pair), _first(request, row), roles].append(row)
+    return [_group(request, alike, key[0], key[1]) for key, alike in sorted(keyed.items())]
+
+
+def _first(request: Request, row: int) -> int:
+    """Where the base run can first change: with paired values, the first differing token."""
+    if not isinstance(request.replacement, Paired):
+        return 0
+    pair = request.pairs[row]
+    different = (pair.clean != pair.corrupted).nonzero()
+    return int(different[0]) if len(different) else len(pair)
+
+
+def _group(request: Request, rows: Sequence[int], length: int, first: int) -> Group:
+    patches, zeros = [], []
+    roles = request.pairs[rows[0]].roles
+    for number, cell in enumerate(request.grid.cells):
+        there = [site.positions(length, roles) for site in cell]
+        if not cell or any(positions is None for positions in there):
+            continue
+        placed = [
+            (site, effective)
+            for site, positions in zip(cell, there, strict=True)
+            if (effective := _effective(request, site, positions or (), length, first))
+        ]
+        if placed:
+            layer = min(site.layer or 0 for site, _ in placed)
+            start = min(positions[0] for _, positions in placed)
+            patches.append(Patch(number, tuple(placed), layer, start))
+        else:
+            zeros.append(number)
+    return Group(tuple(rows), length, first, tuple(patches), tuple(zeros))
+
+
+def _effective(
+    request: Request, site: Site, positions: Sequence[int], length: int, first: int
+) -> tuple[int, ...]:
+    """The positions at which the site can change what the metric reads."""
+    last_layer = site.layer == request.model.n_layers - 1
+    if last_layer and site.activation.name not in KEYS and request.scorer.reads != "all":
+        first = max(first, length - 1)
+    return tuple(sorted(position for position in positions if position >= first))
+
+
+def waves(group: Group, patches: Sequence[Patch], max_rows: int) -> list[Wave]:
+    """``patches`` of a group in waves of at most ``max_rows`` rows (patches × pairs)."""
+    starts: dict[int, list[Patch]] = defaultdict(list)
+    for patch in patches:
+        starts[patch.start].append(patch)
+    packed = []
+    for at in range(0, len(group.rows), max_rows):
+        rows = group.rows[at : at + max_rows]
+        size = max(1, max_rows // len(rows))
+        for start, members in sorted(starts.items()):
+            ordered = sorted(members, key=lambda patch: patch.layer)
+            for i in range(0, len(ordered), size):
+                packed.append(Wave(rows, start, tuple(ordered[i : i + size])))
+    return packed

@@ -1,0 +1,193 @@
+"""Resuming: patched runs start at the layer and position where they first differ from the base run.
+
+A wave travels down the layers. Its rows are ``[cell, pair]``, hold the positions from the wave's
+start to the end of the prompt, and join at the layer of their own first site. What lies before the
+start is the base run's and is shared by all rows of a pair. A metric that reads the last position
+needs the last layer at that position only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patching.engine.plan import Patch, Wave
+from patching.engine.writes import LayerWrites, Writes, gather, inner
+from patching.interventions import Custom, Replacement
+from patching.models.block import Block, NoEdit
+from patching.sites import Site
+
+Blocks = Callable[[int], Block]
+
+MID = ("z", "result", "attn_out", "resid_mid")
+"""Activations that move the residual stream before the MLP by a vector known in advance."""
+POST = ("post", "mlp_out", "resid_post")
+"""Activations that move it behind the MLP by a vector known in advance."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base runs of some pairs, layer by layer, and what patches write into them."""
+
+    resid_pre: list[Float[Tensor, "pair pos d_model"]]
+    """One for each layer, and the final residual stream last."""
+    resid_mid: list[Float[Tensor, "pair pos d_model"]]
+    live: dict[str, Tensor]
+    """Activations of the base runs at the hook points that are patched."""
+    values: dict[str, Tensor]
+    """What the replacement writes there."""
+
+    def of(self, places: Sequence[int]) -> "Base":
+        """The same for some of the pairs."""
+        at = list(places)
+        return Base(
+            [x[at] for x in self.resid_pre],
+            [x[at] for x in self.resid_mid],
+            {name: x[at] for name, x in self.live.items()},
+            {name: x[at] for name, x in self.values.items()},
+        )
+
+
+class _Middle(NoEdit):
+    """Keeps the residual stream in the middle of a block."""
+
+    def __init__(self) -> None:
+        self.resid_mid: Tensor | None = None
+
+    def __call__(self, name: str, activation: Tensor, first: int) -> Tensor:
+        if name == "resid_mid":
+            self.resid_mid = activation[0]
+        return activation
+
+
+def residuals(
+    blocks: Blocks, n_layers: int, embedded: Float[Tensor, "pair pos d_model"]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The residual stream of unpatched runs: before every layer and after the last; mid-layer."""
+    resid_pre, resid_mid = [embedded], []
+    for layer in range(n_layers):
+        block, middle = blocks(layer), _Middle()
+        nothing = block.keys_values(resid_pre[-1][:, :0])
+        out = block.run(resid_pre[-1][None], nothing, middle, embedded.shape[1])[0]
+        resid_mid.append(out if middle.resid_mid is None else middle.resid_mid)
+        resid_pre.append(out)
+    return resid_pre, resid_mid
+
+
+def run_wave(
+    blocks: Blocks, replacement: Replacement, wave: Wave, base: Base, *, end_only: bool
+) -> Float[Tensor, "cell pair pos d_model"]:
+    """The final residual stream of every patch of a wave in each pair of ``base``.
+
+    Positions are those from the wave's start on; with ``end_only`` only the last one is right.
+    """
+    n_layers = len(base.resid_mid)
+    pairs, length, d_model = base.resid_pre[0].shape
+    rows = base.resid_pre[0].new_empty(len(wave.patches), pairs, length - wave.start, d_model)
+    writes = Writes(replacement, _through(blocks, replacement, wave), base.values)
+    joined = 0
+    for layer in range(wave.patches[0].layer, n_layers):
+        block = blocks(layer)
+        entering, stepping = _joining(replacement, block, wave, layer)
+        rows[joined : joined + len(entering)] = base.resid_pre[layer][:, wave.start :]
+        joined += len(entering)
+        if joined:
+            last = end_only and layer == n_layers - 1
+            queries = 1 if last else rows.shape[2]
+            past = block.keys_values(base.resid_pre[layer][:, : wave.start])
+            edit = LayerWrites(writes, layer)
+            rows[:joined, :, rows.shape[2] - queries :] = block.run(rows[:joined], past, edit, queries)
+        for patches in stepping:
+            fresh = rows[joined : joined + len(patches)]
+            fresh[:] = base.resid_pre[layer + 1][:, wave.start :]
+            positions = [position - wave.start for position in patches[0].sites[0][1]]
+            fresh[:, :, positions] = _step_in(replacement, block, layer, patches, base)
+            joined += len(patches)
+    return rows
+
+
+def _through(blocks: Blocks, replacement: Replacement, wave: Wave) -> list[Patch]:
+    """The wave's patches, those that step in without their sites: these are written as they join."""
+    layers = {patch.layer: blocks(patch.layer) for patch in wave.patches}
+    return [
+        replace(patch, sites=()) if steps_in(replacement, layers[patch.layer], patch) else patch
+        for patch in wave.patches
+    ]
+
+
+def order(replacement: Replacement, blocks: Blocks, patches: Sequence[Patch]) -> list[Patch]:
+    """Patches in the order in which they join a wave."""
+    known = {layer: blocks(layer) for layer in {patch.layer for patch in patches}}
+    return sorted(
+        patches,
+        key=lambda p: (p.layer, steps_in(replacement, known[p.layer], p), _together(p)),
+    )
+
+
+def _joining(
+    replacement: Replacement, block: Block, wave: Wave, layer: int
+) -> tuple[list[Patch], list[list[Patch]]]:
+    """The patches that join at a layer: those that run through it, and those that step in behind it."""
+    here = [patch for patch in wave.patches if patch.layer == layer]
+    entering = [patch for patch in here if not steps_in(replacement, block, patch)]
+    stepping = [list(members) for _, members in groupby(here[len(entering) :], _together)]
+    return entering, stepping
+
+
+def steps_in(replacement: Replacement, block: Block, patch: Patch) -> bool:
+    """Whether a patch moves the residual stream by a vector that takes no attention to compute."""
+    if isinstance(replacement, Custom) or len(patch.sites) != 1:
+        return False
+    name = patch.sites[0][0].activation.name
+    if name in ("z", "result"):
+        return block.after_attention is None
+    if name == "post":
+        return block.after_mlp is None
+    return name in MID + POST
+
+
+def _together(patch: Patch) -> tuple:
+    """What patches that step in together share: activation, positions, and which axes are narrowed."""
+    site, positions = patch.sites[0]
+    return site.activation.name, positions, inner(site) is None
+
+
+def _step_in(
+    replacement: Replacement, block: Block, layer: int, patches: Sequence[Patch], base: Base
+) -> Float[Tensor, "cell pair pos d_model"]:
+    """``resid_post`` at the patched positions: the base run's, moved, through the MLP where it follows."""
+    sites = [patch.sites[0][0] for patch in patches]
+    positions = list(patches[0].sites[0][1])
+    hook_point, name = sites[0].hook_point, sites[0].activation.name
+    live = gather(base.live[hook_point], sites, positions)  # [cell, pos, pair, ...]
+    values = base.values.get(hook_point)
+    new = None if values is None else gather(values, sites, positions)
+    moved = replacement.write(live, new, sites[0]) - live
+    moved = _moved(block, name, sites, moved).transpose(1, 2)  # [cell, pair, pos, d_model]
+    if name in POST or block.parallel or block.mlp is None:
+        return base.resid_pre[layer + 1][:, positions] + moved
+    resid_mid = base.resid_mid[layer][:, positions] + moved
+    return resid_mid + block.mlp_out(resid_mid, NoEdit(), 0)
+
+
+def _moved(
+    block: Block, name: str, sites: Sequence[Site], moved: Float[Tensor, "cell pos pair ..."]
+) -> Float[Tensor, "cell pos pair d_model"]:
+    """What a change of an activation adds to the residual stream."""
+    whole = inner(sites[0]) is None
+    which = [inner(site) or 0 for site in sites]
+    if name == "result":
+        return moved.sum(-2) if whole else moved
+    if name == "z":
+        weight = block.attention.W_O  # [head, d_head, d_model]
+        if whole:
+            return moved.flatten(-2) @ weight.flatten(0, 1)
+        return torch.bmm(moved.flatten(1, 2), weight[which]).unflatten(1, moved.shape[1:3])
+    if name == "post":
+        assert block.mlp is not None
+        weight = block.mlp.W_out  # [neuron, d_model]
+        return moved @ weight if whole else moved[..., None] * weight[which][:, None, None]
+    return moved

@@ -1,0 +1,300 @@
+"""The equations of one transformer block, read off a model's weights.
+
+A :class:`Block` advances rows of the residual stream that start at some position of their prompt.
+Everything before that position is the unpatched run's and enters only through its keys and values
+(:class:`Past`), which all rows of a pair share. It knows no hooks, no prompts and no sites; what is
+to be patched inside the block comes in as an ``edit`` of a named activation.
+
+Axes: ``cell`` and ``pair`` number the rows, ``pos`` the positions from the start on, ``src_pos``
+all positions of the prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Function = Callable[[Tensor], Tensor]
+Rotate = Callable[[Float[Tensor, "row pos head d_head"], int], Float[Tensor, "row pos head d_head"]]
+"""Position-dependent transform of queries or keys whose first position is the second argument."""
+
+
+class Edit(Protocol):
+    """Patches inside a block: which activations are edited, and how."""
+
+    def wants(self, name: str) -> bool:
+        """Whether anything is written at the activation ``name``."""
+
+    def __call__(self, name: str, activation: Tensor, first: int) -> Tensor:
+        """``activation`` ``[cell, pair, ...]``, whose positions start at ``first``, as patched."""
+
+
+class NoEdit:
+    """Nothing is patched."""
+
+    def wants(self, name: str) -> bool:
+        return False
+
+    def __call__(self, name: str, activation: Tensor, first: int) -> Tensor:
+        return activation
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys (as they enter the scores) and values of the unpatched run before the rows' start."""
+
+    keys: Float[Tensor, "pair past_pos kv_head d_head"]
+    values: Float[Tensor, "pair past_pos kv_head d_head"]
+
+    def __len__(self) -> int:
+        return self.keys.shape[1]
+
+
+@dataclass(frozen=True)
+class MLP:
+    """``out(act(pre) [* linear] )``; ``pre`` and ``post`` are TransformerLens' neuron hooks."""
+
+    W_pre: Float[Tensor, "d_model d_mlp"]
+    b_pre: Float[Tensor, " d_mlp"] | None
+    act: Function
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_out: Float[Tensor, " d_model"] | None
+    W_linear: Float[Tensor, "d_model d_mlp"] | None = None
+    """The second input matrix of a gated MLP, whose product multiplies ``act(pre)``."""
+    b_post: Float[Tensor, " d_mlp"] | None = None
+    """Added after the gate is multiplied in."""
+
+    def __call__(
+        self, x: Float[Tensor, "cell pair pos d_model"], edit: Edit, first: int
+    ) -> Float[Tensor, "cell pair pos d_model"]:
+        pre = edit("pre", affine(x, self.W_pre, self.b_pre), first)
+        post = self.act(pre)
+        if self.W_linear is not None:
+            post = post * (x @ self.W_linear)
+        if self.b_post is not None:
+            post = post + self.b_post
+        return affine(edit("post", post, first), self.W_out, self.b_out)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal self-attention with grouped heads, rotation, biases by distance, windows and soft caps."""
+
+    W_Q: Float[Tensor, "head d_model d_head"]
+    W_K: Float[Tensor, "kv_head d_model d_head"]
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    scale: float
+    """Scores are divided by it."""
+    b_Q: Float[Tensor, "head d_head"] | None = None
+    b_K: Float[Tensor, "kv_head d_head"] | None = None
+    b_V: Float[Tensor, "kv_head d_head"] | None = None
+    b_O: Float[Tensor, " d_model"] | None = None
+    rotate_q: Rotate | None = None
+    rotate_k: Rotate | None = None
+    soft_cap: float = 0.0
+    slopes: Float[Tensor, " head"] | None = None
+    """ALiBi: ``slope * (src_pos - dest_pos)`` is added to the scores."""
+    window: int | None = None
+    """Local attention sees this many positions, its own included."""
+    to_qk: Float[Tensor, "pos d_model"] | None = None
+    """Shortformer: position embeddings added to what queries and keys read, but not values."""
+
+    @property
+    def n_heads(self) -> int:
+        return self.W_Q.shape[0]
+
+    @property
+    def n_kv(self) -> int:
+        return self.W_K.shape[0]
+
+    @property
+    def d_head(self) -> int:
+        return self.W_Q.shape[2]
+
+    @cached_property
+    def W_QKV(self) -> tuple[Tensor, ...]:
+        """Query, key and value matrices ``[d_model, heads * d_head]``, as parts of one matrix."""
+        wide = [W.transpose(0, 1).flatten(1) for W in (self.W_Q, self.W_K, self.W_V)]
+        return torch.cat(wide, dim=1).split([W.shape[1] for W in wide], dim=1)
+
+    def qkv(
+        self, x: Float[Tensor, "cell pair pos d_model"], first: int, queries: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the last ``queries`` positions, keys and values of all, by head."""
+        rest = x.shape[-2] - queries
+        k_in = x if self.to_qk is None else x + self.to_qk[first : first + x.shape[-2]]
+        biases = [None if b is None else b.flatten() for b in (self.b_Q, self.b_K, self.b_V)]
+        if rest == 0 and self.to_qk is None and None not in biases:
+            q, k, v = _joint(x, self.W_QKV, biases)
+        else:
+            inputs = (k_in[..., rest:, :], k_in, x)
+            q, k, v = (affine(*of) for of in zip(inputs, self.W_QKV, biases, strict=True))
+        heads = (self.n_heads, self.d_head), (self.n_kv, self.d_head)
+        return q.unflatten(-1, heads[0]), k.unflatten(-1, heads[1]), v.unflatten(-1, heads[1])
+
+    def rotated(self, rotate: Rotate | None, x: Tensor, first: int) -> Tensor:
+        """Queries or keys as they enter the scores."""
+        if rotate is None:
+            return x
+        return rotate(x.flatten(0, 1), first).view(x.shape)
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, past: Past, edit: Edit
+    ) -> Float[Tensor, "cell pair pos head d_head"]:
+        """Attention of the rows' queries over the past and their own positions.
+
+        ``q`` and ``k`` enter the scores as they are. The rows of a pair share its past without
+        repeating it: they are laid out ``[pair, kv_head, cell, group, pos, d_head]``.
+        """
+        cells, pairs, queries = q.shape[:3]
+        own, length = k.shape[2], len(past) + k.shape[2]
+        K, D = self.n_kv, self.d_head
+        G = self.n_heads // K
+        q = q.unflatten(3, (K, G)).permute(1, 3, 0, 4, 2, 5)  # [pair, kv_head, cell, group, pos, d_head]
+        k = k.permute(1, 3, 0, 4, 2)  # [pair, kv_head, cell, d_head, pos]
+        v = v.permute(1, 3, 0, 2, 4)  # [pair, kv_head, cell, pos, d_head]
+        q_rows = q.reshape(pairs * K * cells, G * queries, D)
+        here = torch.bmm(q_rows, k.reshape(pairs * K * cells, D, own))
+        rows = (pairs, K, cells, G, queries)
+        if len(past):
+            before = torch.bmm(
+                q_rows.view(pairs * K, cells * G * queries, D),
+                past.keys.permute(0, 2, 3, 1).reshape(pairs * K, D, len(past)),
+            )
+            scores = torch.cat([before.view(*rows, len(past)), here.view(*rows, own)], dim=-1)
+        else:
+            scores = here.view(*rows, own)
+        pattern = self._pattern(scores, length, edit)
+        z = torch.bmm(
+            pattern[..., len(past) :].reshape(pairs * K * cells, G * queries, own),
+            v.reshape(pairs * K * cells, own, D),
+        ).view(*rows, D)
+        if len(past):
+            z = z + torch.bmm(
+                pattern[..., : len(past)].reshape(pairs * K, cells * G * queries, len(past)),
+                past.values.permute(0, 2, 1, 3).reshape(pairs * K, len(past), D),
+            ).view(*rows, D)
+        return z.permute(2, 0, 4, 1, 3, 5).flatten(3, 4)  # [cell, pair, pos, head, d_head]
+
+    def _pattern(self, scores: Tensor, length: int, edit: Edit) -> Tensor:
+        """Softmax of the scores ``[pair, kv_head, cell, group, pos, src_pos]``, scaled and masked."""
+        scores = scores / self.scale
+        if self.soft_cap > 0:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        queries = scores.shape[-2]
+        distance = _distance(queries, length, scores.device)
+        if self.slopes is not None:
+            slopes = self.slopes.view(self.n_kv, 1, -1, 1, 1)
+            scores = scores + slopes * distance.to(scores.dtype)
+        scores = scores.masked_fill(self._hidden(distance), float("-inf"))
+        first = length - queries
+        scores = _edited(edit, "attn_scores", scores, first)
+        return _edited(edit, "pattern", scores.softmax(-1), first)
+
+    def _hidden(self, distance: Tensor) -> Bool[Tensor, "pos src_pos"]:
+        hidden = distance > 0
+        return hidden if self.window is None else hidden | (distance <= -self.window)
+
+    def out(self, z: Tensor, edit: Edit, first: int) -> Float[Tensor, "cell pair pos d_model"]:
+        """What the heads write together, with patches of single heads' results."""
+        attn_out = affine(z.flatten(-2), self.W_O.flatten(0, 1), self.b_O)
+        if edit.wants("result"):
+            result = torch.einsum("cpshd,hdm->cpshm", z, self.W_O)
+            attn_out = attn_out + (edit("result", result.clone(), first) - result).sum(-2)
+        return attn_out
+
+
+def _distance(queries: int, length: int, device: torch.device) -> Tensor:
+    """Source minus destination position, for the last ``queries`` destinations."""
+    at = torch.arange(length, device=device)
+    return at[None, :] - at[length - queries :, None]
+
+
+def _edited(edit: Edit, name: str, scores: Tensor, first: int) -> Tensor:
+    """Edit scores or pattern in TransformerLens' layout ``[cell, pair, head, dest_pos, src_pos]``."""
+    if not edit.wants(name):
+        return scores
+    groups = scores.shape[1], scores.shape[3]
+    by_head = scores.permute(2, 0, 1, 3, 4, 5).flatten(2, 3)
+    return edit(name, by_head, first).unflatten(2, groups).permute(1, 2, 0, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: attention and MLP, one after the other or in parallel."""
+
+    norm1: Function
+    attention: Attention
+    norm2: Function | None = None
+    mlp: MLP | None = None
+    parallel: bool = False
+    after_attention: Function | None = None
+    """A norm between the attention's output and the residual stream (Gemma 2)."""
+    after_mlp: Function | None = None
+
+    def run(
+        self,
+        resid_pre: Float[Tensor, "cell pair pos d_model"],
+        past: Past,
+        edit: Edit,
+        queries: int,
+    ) -> Float[Tensor, "cell pair queries d_model"]:
+        """``resid_post`` of the last ``queries`` positions.
+
+        The rows' positions are those from ``len(past)`` to the end of the prompt.
+        """
+        start, length = len(past), len(past) + resid_pre.shape[2]
+        resid_pre = edit("resid_pre", resid_pre, start)
+        q, k, v = self.attention.qkv(self.norm1(resid_pre), start, queries)
+        first = length - queries
+        q, k, v = edit("q", q, first), edit("k", k, start), edit("v", v, start)
+        q = self.attention.rotated(self.attention.rotate_q, q, first)
+        k = self.attention.rotated(self.attention.rotate_k, k, start)
+        z = edit("z", self.attention.mix(q, k, v, past, edit), first)
+        attn_out = self.attention.out(z, edit, first)
+        if self.after_attention is not None:
+            attn_out = self.after_attention(attn_out)
+        attn_out = edit("attn_out", attn_out, first)
+        return self.rest(resid_pre[..., resid_pre.shape[2] - queries :, :], attn_out, edit, first)
+
+    def rest(
+        self, resid_pre: Tensor, attn_out: Tensor, edit: Edit, first: int
+    ) -> Float[Tensor, "cell pair pos d_model"]:
+        """``resid_post`` from the block's input and its attention's output."""
+        resid_mid = resid_pre + attn_out
+        if self.mlp is None or self.norm2 is None:
+            return edit("resid_post", resid_mid, first)
+        if self.parallel:
+            return edit("resid_post", resid_mid + self.mlp_out(resid_pre, edit, first), first)
+        resid_mid = edit("resid_mid", resid_mid, first)
+        return edit("resid_post", resid_mid + self.mlp_out(resid_mid, edit, first), first)
+
+    def mlp_out(self, resid: Tensor, edit: Edit, first: int) -> Tensor:
+        """What the MLP adds to the residual stream that it reads ``resid`` from."""
+        assert self.mlp is not None and self.norm2 is not None
+        out = self.mlp(self.norm2(resid), edit, first)
+        return edit("mlp_out", out if self.after_mlp is None else self.after_mlp(out), first)
+
+    def keys_values(self, resid_pre: Float[Tensor, "pair pos d_model"]) -> Past:
+        """Keys and values of whole runs, from what enters the block."""
+        _, k, v = self.attention.qkv(self.norm1(resid_pre[None]), 0, resid_pre.shape[1])
+        return Past(self.attention.rotated(self.attention.rotate_k, k, 0)[0], v[0])
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight + bias`` over the last axis, as one matrix product."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    return out.view(*x.shape[:-1], weight.shape[1])
+
+
+def _joint(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Several affine maps of the same rows as one matrix product."""
+    widths = [weight.shape[1] for weight in weights]
+    whole = weights[0].as_strided((len(weights[0]), sum(widths)), weights[0].stride())
+    return affine(x, whole, torch.cat([*biases])).split(widths, dim=-1)
