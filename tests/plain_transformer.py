@@ -20,15 +20,18 @@ def _array(tensor: Any) -> np.ndarray:
 @dataclass
 class PlainTransformer:
     model: Any
-    rotary: bool = False
-    """Llama: rotary positions, RMSNorm, gated SiLU, no biases."""
     seen: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def llama(self) -> bool:
+        """Whether the model has rotary positions, RMSNorm, gated SiLU and no biases but the read-out's."""
+        return getattr(self.model.blocks[0].mlp, "W_gate", None) is not None
 
     def __call__(self, tokens: Any, do: dict[str, Do] | None = None) -> np.ndarray:
         """Logits ``[pos, d_vocab]`` of one prompt; ``do`` maps hook names to what is written there."""
         self.do, self.seen = do or {}, {}
         resid = _array(self.model.embed.W_E)[np.asarray(tokens)]
-        if not self.rotary:
+        if not self.llama:
             resid = resid + _array(self.model.pos_embed.W_pos)[: len(resid)]
         for layer, block in enumerate(self.model.blocks):
             resid = self._at(layer, "hook_resid_pre", resid)
@@ -37,7 +40,7 @@ class PlainTransformer:
             mlp = self._at(layer, "hook_mlp_out", self._mlp(layer, block, resid))
             resid = self._at(layer, "hook_resid_post", resid + mlp)
         unembed = self.model.unembed
-        return self._norm(self.model.ln_final, resid) @ _array(unembed.W_U) + self._bias(unembed, "b_U")
+        return self._norm(self.model.ln_final, resid) @ _array(unembed.W_U) + _array(unembed.b_U)
 
     def _at(self, layer: int, hook: str, value: np.ndarray) -> np.ndarray:
         name = f"blocks.{layer}.{hook}"
@@ -48,13 +51,13 @@ class PlainTransformer:
 
     def _norm(self, norm: Any, x: np.ndarray) -> np.ndarray:
         epsilon = float(self.model.cfg.eps)
-        if self.rotary:
+        if self.llama:
             return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * _array(norm.w)
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * _array(norm.w) + _array(norm.b)
 
     def _bias(self, module: Any, name: str) -> Any:
-        return 0.0 if self.rotary else _array(getattr(module, name))
+        return 0.0 if self.llama else _array(getattr(module, name))
 
     def _attention(self, layer: int, block: Any, resid: np.ndarray) -> np.ndarray:
         x, attn = self._norm(block.ln1, resid), block.attn
@@ -67,7 +70,7 @@ class PlainTransformer:
             )
             for name in "QKV"
         )
-        if self.rotary:
+        if self.llama:
             q, k = _rotate(q), _rotate(k)
         shared = q.shape[1] // k.shape[1]  # query heads that read the same keys and values
         k, v = k.repeat(shared, 1), v.repeat(shared, 1)
@@ -80,7 +83,7 @@ class PlainTransformer:
 
     def _mlp(self, layer: int, block: Any, resid: np.ndarray) -> np.ndarray:
         x, mlp = self._norm(block.ln2, resid), block.mlp
-        if self.rotary:
+        if self.llama:
             gate = x @ _array(mlp.W_gate)
             return (gate / (1 + np.exp(-gate)) * (x @ _array(mlp.W_in))) @ _array(mlp.W_out)
         pre = self._at(layer, "mlp.hook_pre", x @ _array(mlp.W_in) + _array(mlp.b_in))

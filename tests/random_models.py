@@ -85,11 +85,12 @@ def bridged(kind: str, tokenizer: Any = None) -> Any:
 
 
 def _livelier(model: Any) -> Any:
-    """Weights larger than initialisation makes them, so that effects are far from rounding."""
+    """Weights larger than initialisation makes them, so that effects are far from rounding, and no
+    bias or normalisation weight left at the 0 or 1 it starts from."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() >= 2 and parameter.is_floating_point():
+            if parameter.is_floating_point():
                 noise = torch.randn(parameter.shape, generator=generator) * 0.15
                 parameter.add_(noise.to(parameter.dtype))
     return model
