@@ -1,0 +1,373 @@
+"""Heatmaps: the numbers of ``effect()`` in the right places, with labels that say what they are."""
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from numpy.testing import assert_allclose
+from random_pairs import random_pairs
+
+from patching import ActivationPatcher, PatchingError, PromptPairDataset, Site
+from patching.plot import READING_ORDER, heatmap
+from patching.results import PairInfo, SweepResult
+from patching.sites import AXES
+
+CLEAN = ("<bos>", " When", " Mary", " and", " John", ",", " John", " to")
+CORRUPTED = ("<bos>", " When", " Mary", " and", " John", ",", " Mary", " to")
+ROLES = {"IO": (2,), "S1": (4,), "S2": (6,), "END": (7,)}
+
+
+def result(axes, effects=None, *, pairs=None, direction="denoising", activation="z"):
+    """A sweep of three pairs whose gap is 4 and whose effects are the given ones."""
+    shape = tuple(len(values) for values in axes.values())
+    if effects is None:
+        effects = np.linspace(-0.4, 0.9, int(np.prod(shape))).reshape(shape)
+    clean, corrupted = np.full(3, 3.0), np.full(3, -1.0)
+    moved = np.asarray(effects, float)[..., None] * 4
+    patched = corrupted + moved if direction == "denoising" else clean - moved
+    pairs = pairs or tuple(PairInfo(i, CLEAN, CORRUPTED, ROLES) for i in range(3))
+    return SweepResult(
+        axes, clean, corrupted, patched, (), pairs, activation, direction, "logit_diff",
+        {"dataset": "ioi", "model": "tiny"},
+    )  # fmt: skip
+
+
+def panels(figure):
+    """The axes that hold a heatmap, in reading order."""
+    return [ax for ax in figure.axes if mesh_of(ax) is not None and ax.get_label() != "<colorbar>"]
+
+
+def mesh_of(ax):
+    return next((c for c in ax.collections if isinstance(c, QuadMesh)), None)
+
+
+def values(ax):
+    """What a panel shows, NaN where it shows nothing, the upper row first."""
+    assert ax.yaxis_inverted(), "row 0 is on top"
+    return np.ma.filled(mesh_of(ax).get_array(), np.nan)
+
+
+def ticks(ax, side):
+    return [label.get_text() for label in getattr(ax, f"get_{side}ticklabels")()]
+
+
+def footnotes(figure):
+    return figure.get_supxlabel().splitlines()
+
+
+# What is where
+
+
+def test_every_axis_has_a_place() -> None:
+    assert {*AXES, "activation", "site"} == set(READING_ORDER)
+
+
+@pytest.mark.parametrize("over", [("layer", "head"), ("head", "layer")])
+def test_layers_run_down_from_layer_0_on_top(over) -> None:
+    sizes = {"layer": (0, 1, 2), "head": (0, 1)}
+    sweep = result({axis: sizes[axis] for axis in over})
+    expected = sweep.effect() if over[0] == "layer" else sweep.effect().T
+    (ax,) = panels(heatmap(sweep))
+
+    assert_allclose(values(ax), expected)
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("layer", "head")
+    assert (ticks(ax, "y"), ticks(ax, "x")) == (["0", "1", "2"], ["0", "1"])
+
+
+def test_a_swept_model_is_drawn_as_measured(any_model) -> None:
+    dataset = PromptPairDataset(any_model, random_pairs(2))
+    sweep = ActivationPatcher(any_model).sweep(dataset, "z", progress=False)
+    (ax,) = panels(sweep.plot())
+
+    assert_allclose(values(ax), sweep.effect())
+
+
+def test_x_and_y_choose_the_places() -> None:
+    sweep = result({"layer": (0, 1, 2), "head": (0, 1)})
+    (ax,) = panels(heatmap(sweep, y="head"))
+
+    assert_allclose(values(ax), sweep.effect().T)
+
+
+def test_activations_are_panels() -> None:
+    names = ("attn_out", "mlp_out")
+    sweep = result({"activation": names, "layer": (0, 1), "pos": tuple(range(8))}, activation=names)
+    drawn = panels(heatmap(sweep))
+
+    assert [ax.get_title() for ax in drawn] == ["attn_out", "mlp_out"]
+    for ax, expected in zip(drawn, sweep.effect(), strict=True):
+        assert_allclose(values(ax), expected)
+
+
+def test_two_activations_over_layers_are_two_columns() -> None:
+    names = ("attn_out", "mlp_out")
+    (ax,) = panels(heatmap(result({"activation": names, "layer": (0, 1, 2)}, activation=names)))
+
+    assert (ticks(ax, "x"), ax.get_ylabel()) == (["attn_out", "mlp_out"], "layer")
+
+
+def test_the_shortest_of_three_axes_is_the_panels() -> None:
+    sweep = result({"layer": (0, 1, 2), "pos": tuple(range(8)), "head": (0, 1)})
+    drawn = panels(heatmap(sweep))
+
+    assert [ax.get_title() for ax in drawn] == ["head 0", "head 1"]
+    for head, ax in enumerate(drawn):
+        assert_allclose(values(ax), sweep.effect()[:, :, head])
+
+
+def test_panels_names_another_axis() -> None:
+    sweep = result({"layer": (0, 1, 2), "pos": tuple(range(8)), "head": (0, 1)})
+    drawn = panels(heatmap(sweep, panels="layer"))
+
+    assert [ax.get_title() for ax in drawn] == ["layer 0", "layer 1", "layer 2"]
+    for layer, ax in enumerate(drawn):
+        assert_allclose(values(ax), sweep.effect()[layer].T)
+
+
+def test_at_keeps_one_value_of_an_axis() -> None:
+    sweep = result({"layer": (3, 5), "pos": tuple(range(8)), "head": (0, 1)})
+    figure = heatmap(sweep, at={"layer": 5})
+    (ax,) = panels(figure)
+
+    assert_allclose(values(ax), sweep.effect()[1].T)
+    assert "layer 5" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("aggregate", ["ratio_of_means", "mean_of_ratios"])
+def test_pairs_are_joined_as_asked(aggregate) -> None:
+    sweep = result({"layer": (0, 1), "head": (0, 1)})
+    sweep.clean[:] = 1, 2, 3
+    (ax,) = panels(heatmap(sweep, aggregate=aggregate))
+
+    assert_allclose(values(ax), sweep.effect(aggregate))
+
+
+def test_one_axis_is_bars() -> None:
+    sweep = result({"layer": (0, 1, 2)}, [0.5, -0.25, 1.0])
+    (ax,) = heatmap(sweep).axes
+    bars = [patch for patch in ax.patches if patch.get_width() == pytest.approx(0.8)]
+
+    assert_allclose([bar.get_height() for bar in bars], [0.5, -0.25, 1.0])
+    assert (ticks(ax, "x"), ax.get_xlabel(), ax.get_ylabel()) == (["0", "1", "2"], "layer", "effect")
+
+
+def test_sites_are_bars_beside_their_names() -> None:
+    sites = tuple(Site("blocks.0.attn.hook_z", pos=pos) for pos in (1, 2))
+    (ax,) = heatmap(result({"site": sites}, [0.5, -0.25])).axes
+
+    assert ticks(ax, "y") == ["blocks.0.attn.hook_z[pos=1]", "blocks.0.attn.hook_z[pos=2]"]
+    assert_allclose([bar.get_width() for bar in ax.patches], [0.5, -0.25])
+    assert ax.yaxis_inverted(), "the first site is on top"
+
+
+# Colours
+
+
+def test_colours_are_symmetric_about_0_and_shared_by_panels() -> None:
+    effects = np.array([[[0.1, -0.2], [0.0, 0.3]], [[-2.0, 0.1], [0.5, 0.5]]])
+    drawn = panels(heatmap(result({"head": (0, 1), "layer": (0, 1), "pos": (0, 1)}, effects)))
+
+    assert len(drawn) == 2
+    assert {mesh_of(ax).get_clim() for ax in drawn} == {(-2.0, 2.0)}
+    assert_allclose(mesh_of(drawn[0]).cmap(0.5)[:3], 0.97, atol=0.01)
+
+
+def test_limit_sets_the_ends_of_the_scale() -> None:
+    (ax,) = panels(heatmap(result({"layer": (0, 1), "head": (0, 1)}), limit=0.5))
+
+    assert mesh_of(ax).get_clim() == (-0.5, 0.5)
+
+
+def test_a_sweep_without_any_effect_is_white() -> None:
+    (ax,) = panels(heatmap(result({"layer": (0, 1), "head": (0, 1)}, np.zeros((2, 2)))))
+
+    assert mesh_of(ax).get_clim() == (-1.0, 1.0)
+
+
+def test_cells_without_a_value_are_hatched() -> None:
+    figure = heatmap(result({"layer": (0, 1), "head": (0, 1)}, [[0.5, np.nan], [0.1, 0.2]]))
+    (ax,) = panels(figure)
+
+    assert_allclose(values(ax), [[0.5, np.nan], [0.1, 0.2]])
+    assert ax.patch.get_hatch()
+    assert "hatched: no such cell" in footnotes(figure)
+
+
+def test_without_a_gap_the_figure_says_so() -> None:
+    sweep = result({"layer": (0, 1), "head": (0, 1)})
+    sweep.corrupted[:] = sweep.clean
+    figure = heatmap(sweep)
+
+    assert np.isnan(values(panels(figure)[0])).all()
+    assert "hatched: clean and corrupted score the same" in footnotes(figure)
+
+
+def test_nothing_is_hatched_where_all_have_values() -> None:
+    figure = heatmap(result({"layer": (0, 1), "head": (0, 1)}))
+
+    assert not panels(figure)[0].patch.get_hatch()
+    assert not any(note.startswith("hatched") for note in footnotes(figure))
+
+
+def test_few_cells_show_their_values_and_exact_zeros_differ_from_small_ones() -> None:
+    effects = [[0.5, -0.001, 0.0], [0.25, -1.0, np.nan]]
+    (ax,) = panels(heatmap(result({"layer": (0, 1), "head": (0, 1, 2)}, effects)))
+
+    assert [text.get_text() for text in ax.texts] == ["0.50", "0.00", "0", "0.25", "-1.00"]
+
+
+def test_many_cells_show_none() -> None:
+    axes = {"layer": tuple(range(4)), "neuron": tuple(range(600))}
+    (ax,) = panels(heatmap(result(axes, activation="post")))
+
+    assert not ax.texts
+    assert len(ticks(ax, "x")) < 100
+    assert mesh_of(ax).get_rasterized()
+
+
+# Labels
+
+
+def test_positions_are_labelled_with_clean_and_corrupted_tokens() -> None:
+    figure = heatmap(result({"layer": (0, 1), "pos": tuple(range(8))}))
+
+    expected = ["<bos>", "When", "Mary", "and", "John", ",", "John / Mary", "to"]
+    assert ticks(panels(figure)[0], "x") == expected
+    assert "token / token: clean / corrupted" in footnotes(figure)
+
+
+def test_where_tokens_vary_between_pairs_roles_are_labels() -> None:
+    other = tuple(t.replace("Mary", "Kim") for t in CLEAN), tuple(t.replace("Mary", "Kim") for t in CORRUPTED)
+    pairs = (PairInfo(0, CLEAN, CORRUPTED, ROLES), PairInfo(1, *other, ROLES), PairInfo(2, *other, ROLES))
+    figure = heatmap(result({"layer": (0, 1), "pos": tuple(range(8))}, pairs=pairs))
+
+    assert ticks(panels(figure)[0], "x") == ["<bos>", "When", "IO", "and", "John", ",", "S2*", "to"]
+    assert "*: clean and corrupted tokens differ" in footnotes(figure)
+
+
+def test_where_roles_vary_too_the_number_is_the_label() -> None:
+    swapped = (*CLEAN[:2], " John", " and", " Mary", *CLEAN[5:])
+    pairs = (
+        PairInfo(0, CLEAN, CORRUPTED, ROLES),
+        PairInfo(1, swapped, swapped, {**ROLES, "IO": (4,), "S1": (2,)}),
+        PairInfo(2, CLEAN, CORRUPTED, ROLES),
+    )
+    (ax,) = panels(heatmap(result({"layer": (0, 1), "pos": (1, 2, 4, -1)}, pairs=pairs)))
+
+    assert ticks(ax, "x") == ["When", "pos 2", "pos 4", "to"]
+
+
+def test_numbers_stand_alone_where_no_position_has_a_token() -> None:
+    pairs = tuple(PairInfo(i, (f"a{i}", f"b{i}"), (f"a{i}", f"b{i}")) for i in range(3))
+    (ax,) = panels(heatmap(result({"layer": (0, 1), "pos": (0, 1)}, pairs=pairs)))
+
+    assert ticks(ax, "x") == ["0", "1"]
+
+
+def test_roles_are_their_own_labels() -> None:
+    figure = heatmap(result({"layer": (0, 1), "role": ("IO", "S2", "END")}))
+
+    assert ticks(panels(figure)[0], "x") == ["IO", "S2*", "END"]
+
+
+def test_destination_and_source_positions_have_tokens_on_both_sides() -> None:
+    axes = {"dest_pos": tuple(range(8)), "src_pos": tuple(range(8))}
+    (ax,) = panels(heatmap(result(axes, activation="pattern")))
+
+    assert ticks(ax, "x") == ticks(ax, "y")
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("dest_pos", "src_pos")
+
+
+def test_strange_tokens_are_readable_and_draw(tmp_path) -> None:
+    tokens = ("<bos>", "\n", " ", "$x", "$", "", " antidisestablishmentarianism", "\t")
+    pairs = tuple(PairInfo(i, tokens, tokens) for i in range(3))
+    figure = heatmap(result({"layer": (0, 1), "pos": tuple(range(8))}, pairs=pairs))
+
+    expected = ["<bos>", "\\n", "␣", "$x", "$", "''", "antidisestabl…", "\\t"]
+    assert ticks(panels(figure)[0], "x") == expected
+    figure.savefig(tmp_path / "figure.pdf")
+
+
+@pytest.mark.parametrize(
+    ("direction", "runs", "meaning"),
+    [
+        ("denoising", "corrupted run, clean values", "1 = logit_diff as in the clean run"),
+        ("noising", "clean run, corrupted values", "1 = logit_diff as in the corrupted run"),
+    ],
+)
+def test_the_figure_says_what_it_shows(direction, runs, meaning) -> None:
+    figure = heatmap(result({"layer": (0, 1), "head": (0, 1)}, direction=direction))
+
+    assert figure.get_suptitle() == f"z: {direction} ({runs})\ntiny, ioi, 3 pairs, logit_diff"
+    assert meaning in figure.get_supxlabel()
+    assert heatmap(result({"layer": (0,), "head": (0,)}), title="Mine").get_suptitle() == "Mine"
+
+
+# Side effects
+
+
+def test_nothing_global_changes(tmp_path) -> None:
+    def settings():
+        # reading the backend would choose one
+        return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
+
+    before = settings()
+    figure = heatmap(result({"layer": (0, 1), "head": (0, 1)}))
+    figure.savefig(tmp_path / "figure.png")
+
+    assert isinstance(figure, Figure)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert settings() == before
+
+
+def test_pyplot_does_not_know_the_figure() -> None:
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    heatmap(result({"layer": (0, 1), "head": (0, 1)}))
+
+    assert plt.get_fignums() == []
+
+
+def test_a_notebook_can_show_the_figure() -> None:
+    figure = heatmap(result({"layer": (0, 1), "head": (0, 1)}))
+
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+# Requests that cannot be met
+
+AXES_4 = {"activation": ("q", "k"), "layer": (0, 1), "pos": (0, 1), "head": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "options", "message"),
+    [
+        (AXES_4, {}, r"4 axes \(activation, layer, pos, head\).*at most three.*at="),
+        ({}, {}, r"one number.*result\.effect\(\)"),
+        ({"layer": (0, 1)}, {"x": "head"}, "unknown axis 'head'. Available: layer"),
+        ({"layer": (0, 1)}, {"at": {"head": 0}}, "unknown axis 'head'. Available: layer"),
+        ({"layer": (0, 1), "pos": (0,)}, {"at": {"layer": 7}}, "unknown layer 7. Available: 0, 1"),
+        ({"layer": (0, 1), "pos": (0,)}, {"x": "pos", "y": "pos"}, "an axis has one place only"),
+        ({"layer": (0, 1), "pos": (0,)}, {"panels": "pos"}, "needs three axes"),
+        (
+            {"layer": tuple(range(60)), "pos": tuple(range(60)), "head": tuple(range(60))},
+            {},
+            r"60 panels.*at most 48.*at=\{'layer'",
+        ),
+        ({"layer": (0, 1), "pos": (0,)}, {"aggregate": "none"}, "joins pairs"),
+        ({"layer": (0, 1), "pos": (0,)}, {"limit": 0.0}, "limit=0.0"),
+    ],
+)
+def test_a_request_that_cannot_be_met_says_what_to_do(axes, options, message) -> None:
+    with pytest.raises(PatchingError, match=message):
+        heatmap(result(axes), **options)
+
+
+def test_at_makes_four_axes_drawable() -> None:
+    sweep = result(AXES_4, activation=("q", "k"))
+    drawn = panels(heatmap(sweep, at={"pos": 1}))
+
+    assert [ax.get_title() for ax in drawn] == ["q", "k"]
+    assert_allclose(values(drawn[1]), sweep.effect()[1, :, 1, :])
