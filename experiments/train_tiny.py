@@ -31,16 +31,16 @@ from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native.model import NativeAttention, NativeModel
 
-from patching.fill import Rows, answer_words, draw, fill
 from patching.metrics import METRICS, AnswerBatch, Metric
-from patching.taskfile import Ref, Task, Template, read_task
-from patching.tasks import TemplateDataset
+from patching.tasks import TemplateDataset, read_task
+from patching.tasks.fill import Rows, answer_words, draw, fill
+from patching.tasks.task import Ref, Task, Template
 from patching.tiny import WEIGHTS, build_tokenizer, facts, load_tiny
 
 DATASETS = Path(__file__).parent.parent / "datasets"
 
 SEED = 0
-STEPS = 6000
+STEPS = 4000
 BATCH = 64
 PEAK_LR = 2e-3
 LM_WEIGHT = 0.3

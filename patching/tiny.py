@@ -8,6 +8,7 @@ pickle and leaves the random state alone.
 
 import hashlib
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def load_tiny(device: str | torch.device | None = None, dtype: torch.dtype | Non
     except ImportError:  # removed in TransformerLens 4
         return tiny_bridge(device, dtype)
     config = HookedTransformerConfig(**facts()["config"], device=_name(device), dtype=dtype or torch.float32)
-    with torch.random.fork_rng():  # new parameters are drawn before they are loaded
+    # new parameters are drawn before they are loaded; that HookedTransformer is deprecated is known here
+    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         model = HookedTransformer(config, tokenizer=build_tokenizer(facts()["vocabulary"]))
     model.load_state_dict(_as_hooked(weights(), config.n_heads), strict=False)
     return model.eval()

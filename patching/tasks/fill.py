@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from patching.errors import TaskError
-from patching.taskfile import AnswerRule, Corruption, Ref, Replacement, Row, Task, Template
+from patching.tasks.task import AnswerRule, Corruption, Ref, Replacement, Row, Task, Template
 
 Rows = dict[str, Row]
 """Slot to the row that fills it."""
@@ -40,10 +40,12 @@ def draw(
 
 
 def slots_needed(task: Task, template: Template, corruption: Corruption) -> set[str]:
-    """Slots that a pair has to fill: those of the prompt and those they are filled from."""
-    needed = {*template.slots, template.correct.ref.slot, template.incorrect.ref.slot}
-    needed |= {r.slot for s, r in corruption.replace.items() if s in template.slots and r.slot}
-    return needed | {task.slots[slot] for slot in needed if task.slots[slot] in task.slots}
+    """Slots that a pair has to fill: those of the prompt and its answers, and what these are filled from."""
+    needed = [*template.slots, template.correct.ref.slot, template.incorrect.ref.slot]
+    for slot in needed:  # grows while it is walked
+        replacement = corruption.replace.get(slot, Replacement())
+        needed += [s for s in (task.slots[slot], replacement.slot) if s in task.slots and s not in needed]
+    return set(needed)
 
 
 def _pick(

@@ -1,4 +1,4 @@
-"""Task files: what a task TOML says, read and checked. Nothing here knows a tokenizer or a model.
+"""Task files: what a task TOML says, read and checked. Nothing here knows a tokenizer.
 
 A task is templates with named slots, word lists that fill the slots, answers as rules, and
 corruptions as tables ``slot -> what stands there instead``:
@@ -16,124 +16,15 @@ corruptions as tables ``slot -> what stands there instead``:
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from patching.errors import TaskError, unknown
 from patching.metrics import METRICS
-
-Row = Mapping[str, str]
-"""One entry of a word list: column name to word."""
-
-Label = Literal["flips", "destroys", "preserves"]
-LABELS: tuple[Label, ...] = ("flips", "destroys", "preserves")
+from patching.tasks.task import LABELS, AnswerRule, Corruption, Ref, Replacement, Task, Template, WordList
 
 ANSWER_KINDS = ("clean", "corrupted", "above", "up_to", "same", "differ")
-REPLACEMENT_KINDS = ("fresh", "word")
-
-
-@dataclass(frozen=True)
-class WordList:
-    """Words that can stand in a slot, with further columns for what belongs to each word."""
-
-    name: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    key: str
-    """Rows with the same word in this column never stand in two slots of one pair."""
-    single_token: bool
-    """Whether words that the tokenizer splits are left out."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A slot, and the column of its row that is meant."""
-
-    slot: str
-    column: str
-
-
-@dataclass(frozen=True)
-class AnswerRule:
-    """Which words answer a prompt.
-
-    ``clean`` and ``corrupted``: the word a slot holds in that prompt. The others pick from a word
-    list by comparing with a slot of the clean prompt: numbers ``above`` it or ``up_to`` it, rows
-    with the ``same`` word in the column or with one that ``differ``\\ s.
-    """
-
-    kind: str
-    ref: Ref
-    words: str | None = None
-
-
-@dataclass(frozen=True)
-class Template:
-    """A prompt with named slots, and the answers that follow it."""
-
-    name: str
-    pieces: tuple[str | Ref, ...]
-    correct: AnswerRule
-    incorrect: AnswerRule
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """The slots of the prompt in reading order, each once."""
-        return tuple(dict.fromkeys(p.slot for p in self.pieces if isinstance(p, Ref)))
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What a corruption puts into a slot.
-
-    One of: the row of another slot (``slot``), a fixed ``word``, or a ``fresh`` draw from the
-    list, with the same word as before in the columns ``same`` and another one in ``differ``.
-    """
-
-    slot: str | None = None
-    word: str | None = None
-    fresh: str | None = None
-    same: str | None = None
-    differ: str | None = None
-
-
-@dataclass(frozen=True)
-class Corruption:
-    """One way to make the corrupted prompt, and what it does to the answer."""
-
-    name: str
-    label: Label
-    description: str
-    replace: Mapping[str, Replacement]
-
-
-@dataclass(frozen=True)
-class Task:
-    """Everything a task file says."""
-
-    name: str
-    description: str
-    metric: str
-    corruption: str
-    """The corruption used when none is asked for."""
-    roles: tuple[str, ...]
-    """Slots, and ``SLOT+n`` for the n-th token after one. Every task also has END."""
-    prefix: str
-    """What stands between the prompt and its answer: a space, or nothing."""
-    slots: Mapping[str, str]
-    """Slot to the word list it draws from, or to the slot it repeats."""
-    words: Mapping[str, WordList]
-    templates: Mapping[str, Template]
-    corruptions: Mapping[str, Corruption]
-    sources: tuple[str, ...]
-    published: tuple[Mapping[str, Any], ...] = field(default=())
-
-    def words_of(self, slot: str) -> WordList:
-        """The word list that fills a slot."""
-        target = self.slots[slot]
-        return self.words[target] if target in self.words else self.words_of(target)
-
 
 TOP = {
     "name": str,
@@ -287,7 +178,9 @@ def _parse(raw: dict, problems: list[str]) -> Task:
 
 
 def _word_list(name: str, entry: list | dict) -> WordList:
-    table = {"columns": ["word"], "rows": [[w] for w in entry]} if isinstance(entry, list) else entry
+    table: dict[str, Any] = (
+        {"columns": ["word"], "rows": [[word] for word in entry]} if isinstance(entry, list) else entry
+    )
     columns = tuple(table["columns"])
     rows = tuple(dict(zip(columns, row, strict=True)) for row in table["rows"])
     key = table.get("key", columns[0])
@@ -309,7 +202,7 @@ class _Parser:
         target = self.slots[name]
         return self.words[target] if target in self.words else self.words[self.slots[target]]
 
-    def list(self, name: str, where: str) -> WordList | None:
+    def word_list(self, name: str, where: str) -> WordList | None:
         if name not in self.words:
             self.problems.append(f"{where}: {unknown('word list', name, self.words)}")
         return self.words.get(name)
@@ -325,6 +218,11 @@ class _Parser:
             self.column(column, words, where)
         return Ref(slot, column or (words.columns[0] if words else ""))
 
+    def numbers(self, words: WordList | None, column: str, where: str) -> None:
+        strange = [row[column] for row in words.rows if not row.get(column, '').isdecimal()] if words else []
+        if strange:
+            self.problems.append(f"{where}: above and up_to compare numbers, but there are words {strange}.")
+
     def answer(self, entry: Mapping, where: str) -> AnswerRule:
         kinds = [kind for kind in ANSWER_KINDS if kind in entry]
         picks = len(kinds) == 1 and kinds[0] not in ("clean", "corrupted")
@@ -335,14 +233,19 @@ class _Parser:
             )
             return AnswerRule("clean", Ref("", ""))
         ref = self.ref(entry[kinds[0]], where)
-        words = self.list(entry["words"], where) if picks else None
+        words = self.word_list(entry["words"], where) if picks else None
         if kinds[0] in ("same", "differ"):
             self.column(ref.column, words, where)
+        elif words is not None:
+            self.numbers(words, words.columns[0], where)
+            self.numbers(self.slot(ref.slot, where), ref.column, where)
         return AnswerRule(kinds[0], ref, words.name if words else None)
 
     def template(self, name: str, entry: Mapping, answers: Mapping[str, AnswerRule]) -> Template:
         where = f"[templates] {name}"
         parts = re.split(r"\{([^{}]*)\}", entry["text"])  # text and slot by turns
+        if any("{" in text or "}" in text for text in parts[::2]):
+            self.problems.append(f"{where}: a brace without its partner in {entry['text']!r}.")
         pieces = [self.ref(part, where) if i % 2 else part for i, part in enumerate(parts)]
         own = {
             side: self.answer(entry[side], f"{where} {side}") if side in entry else answers[side]
@@ -360,7 +263,7 @@ class _Parser:
     def replacement(self, slot: str, entry: object, where: str) -> Replacement:
         own = self.slot(slot, where)
         if isinstance(entry, str):
-            self.slot(entry, where)
+            self.same_columns(own, self.slot(entry, where), f"{where} {slot}")
             return Replacement(slot=entry)
         allowed = {"word": str} if isinstance(entry, dict) and "word" in entry else {"fresh": str}
         extra = {} if "word" in allowed else {"same": str, "differ": str}
@@ -368,8 +271,15 @@ class _Parser:
             return Replacement()
         assert isinstance(entry, dict)
         if "fresh" in entry:
-            words = self.list(entry["fresh"], where)
+            words = self.word_list(entry["fresh"], where)
+            self.same_columns(own, words, f"{where} {slot}")
             for column in (entry[k] for k in ("same", "differ") if k in entry):
                 self.column(column, words, where)
-                self.column(column, own, where)
         return Replacement(**entry)
+
+    def same_columns(self, own: WordList | None, other: WordList | None, where: str) -> None:
+        if own is not None and other is not None and own.columns != other.columns:
+            self.problems.append(
+                f"{where}: the list {other.name!r} has the columns {list(other.columns)}, but the slot is "
+                f"filled from {own.name!r} with {list(own.columns)}."
+            )
