@@ -1,5 +1,6 @@
 """Loading models: the embedded one, and any that the installed TransformerLens can load."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def load_model(
 
 def _from_hub(name: str, device: str | torch.device | None, dtype: torch.dtype) -> Any:
     if _has_hooked_transformer():
-        return transformer_lens.HookedTransformer.from_pretrained(name, device=device, dtype=dtype)
+        with warnings.catch_warnings():  # 3.9 announces that 4.0 has no HookedTransformer; we are ready
+            warnings.filterwarnings("ignore", ".* is deprecated", DeprecationWarning)
+            return transformer_lens.HookedTransformer.from_pretrained(name, device=device, dtype=dtype)
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(name, device=device, dtype=dtype)
