@@ -15,12 +15,25 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
 Rotate = Callable[[Float[Tensor, "row pos head d_head"], int], Float[Tensor, "row pos head d_head"]]
 """Position-dependent transform of queries or keys whose first position is the second argument."""
+
+
+ACTIVATION_FUNCTIONS: dict[str, Function] = {
+    # TransformerLens and transformers spell the tanh form out in elementary operations.
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+"""By TransformerLens' names, as torch's fused kernels of the same functions."""
 
 
 class Edit(Protocol):
@@ -236,6 +249,18 @@ class Block:
     after_attention: Function | None = None
     """A norm between the attention's output and the residual stream (Gemma 2)."""
     after_mlp: Function | None = None
+    hooked_before: bool = False
+    """Whether ``attn_out`` and ``mlp_out`` name what enters these norms, not what leaves them."""
+
+    @property
+    def attn_out_is_added(self) -> bool:
+        """Whether ``attn_out`` is what the residual stream receives."""
+        return self.after_attention is None or not self.hooked_before
+
+    @property
+    def mlp_out_is_added(self) -> bool:
+        """Whether ``mlp_out`` is what the residual stream receives."""
+        return self.after_mlp is None or not self.hooked_before
 
     def run(
         self,
@@ -257,9 +282,7 @@ class Block:
         k = self.attention.rotated(self.attention.rotate_k, k, start)
         z = edit("z", self.attention.mix(q, k, v, past, edit), first)
         attn_out = self.attention.out(z, edit, first)
-        if self.after_attention is not None:
-            attn_out = self.after_attention(attn_out)
-        attn_out = edit("attn_out", attn_out, first)
+        attn_out = self._out("attn_out", attn_out, self.after_attention, edit, first)
         return self.rest(resid_pre[..., resid_pre.shape[2] - queries :, :], attn_out, edit, first)
 
     def rest(
@@ -277,8 +300,13 @@ class Block:
     def mlp_out(self, resid: Tensor, edit: Edit, first: int) -> Tensor:
         """What the MLP adds to the residual stream that it reads ``resid`` from."""
         assert self.mlp is not None and self.norm2 is not None
-        out = self.mlp(self.norm2(resid), edit, first)
-        return edit("mlp_out", out if self.after_mlp is None else self.after_mlp(out), first)
+        return self._out("mlp_out", self.mlp(self.norm2(resid), edit, first), self.after_mlp, edit, first)
+
+    def _out(self, name: str, out: Tensor, norm: Function | None, edit: Edit, first: int) -> Tensor:
+        """A component's output, normed and edited in the order in which the model does it."""
+        if norm is None:
+            return edit(name, out, first)
+        return norm(edit(name, out, first)) if self.hooked_before else edit(name, norm(out), first)
 
     def keys_values(self, resid_pre: Float[Tensor, "pair pos d_model"]) -> Past:
         """Keys and values of whole runs, from what enters the block."""

@@ -1,5 +1,6 @@
 """The face of ``TransformerBridge`` (TransformerLens 3.9 and 4.x)."""
 
+import math
 import re
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patching.models.block import ACTIVATION_FUNCTIONS, MLP, Attention, Block, Function, Rotate
 from patching.models.face import Hook, LanguageModel, Write
 
 _RESID_MID = re.compile(r"^(blocks\.\d+)\.(hook_resid_mid|ln2\.hook_in)$")
@@ -45,6 +47,84 @@ class BridgeModel(LanguageModel):
             (f"{middle[1]}.hook_resid_post", into_stream),
         ]
 
+    def block(self, layer: int) -> Block | None:
+        """Equations from the weights as the Bridge shows them, in TransformerLens' layout.
+
+        Architectures differ in more than these say; the engine checks them against the model's run.
+        """
+        block, cfg = self.model.blocks[layer], self.cfg
+        try:
+            attention = self._attention(block.attn)
+            mlp = None if getattr(cfg, "attn_only", False) else self._mlp(block.mlp)
+        except (AttributeError, TypeError, NotImplementedError):
+            return None  # attention or MLP of another kind: mixtures of experts, state spaces, ...
+        if getattr(cfg, "attention_dir", "causal") != "causal":
+            return None
+        return Block(
+            norm1=self._norm(block.ln1),
+            attention=attention,
+            norm2=self._norm(block.ln2 if hasattr(block, "ln2") else block.ln1),
+            mlp=mlp,
+            parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
+            after_attention=self._norm(block.ln1_post) if hasattr(block, "ln1_post") else None,
+            after_mlp=self._norm(block.ln2_post) if hasattr(block, "ln2_post") else None,
+            hooked_before=True,
+        )
+
+    def _attention(self, attn: Any) -> Attention:
+        inner = attn.original_component
+        soft_cap = getattr(inner, "attn_logit_softcapping", None) or getattr(
+            inner, "attn_scores_soft_cap", None
+        )
+        return Attention(
+            W_Q=attn.W_Q,
+            W_K=attn.W_K,
+            W_V=attn.W_V,
+            W_O=attn.W_O,
+            scale=_scale(inner, attn.W_Q.shape[-1]),
+            b_Q=attn.b_Q,
+            b_K=attn.b_K,
+            b_V=attn.b_V,
+            b_O=attn.b_O,
+            rotate_q=self._rotate(inner, "q_norm"),
+            rotate_k=self._rotate(inner, "k_norm"),
+            soft_cap=float(soft_cap or 0.0),
+            window=getattr(inner, "sliding_window", None),
+        )
+
+    def _rotate(self, inner: Any, norm: str) -> Rotate | None:
+        """Norm of queries or keys by head, where there is one, then rotation."""
+        by_head = getattr(inner, norm, None)
+        native = getattr(inner, "rotary", None)  # TransformerLens' own architecture
+        tables = getattr(self.model, "rotary_emb", None)
+        if by_head is None and native is None and tables is None:
+            return None
+
+        def rotate(x: Tensor, first: int) -> Tensor:
+            x = x if by_head is None else by_head(x)
+            at = torch.arange(first, first + x.shape[1], device=x.device)[None]
+            if native is not None:
+                return native.apply_rope(*[x.transpose(1, 2)] * 2, position_ids=at)[0].transpose(1, 2)
+            if tables is None:
+                return x
+            cos, sin = tables.original_component(x, at)
+            return _rotated(x, cos[:, :, None], sin[:, :, None])
+
+        return rotate
+
+    def _mlp(self, mlp: Any) -> MLP:
+        act = ACTIVATION_FUNCTIONS[str(self.cfg.act_fn)]
+        if mlp.W_gate is None:
+            return MLP(mlp.W_in, mlp.b_in, act, mlp.W_out, mlp.b_out)
+        if mlp.b_in is not None:
+            raise NotImplementedError("a gated MLP with biases")
+        return MLP(mlp.W_gate, None, act, mlp.W_out, mlp.b_out, W_linear=mlp.W_in)
+
+    def _norm(self, norm: Any) -> Function:
+        """The wrapped model's own norm; the Bridge's where it has processed the weights."""
+        module = norm if self.model.compatibility_mode else norm.original_component
+        return lambda x: module(x.flatten(0, -3)).view(x.shape)
+
     def read_out(
         self, resid: Float[Tensor, "batch d_model"], columns: Int[Tensor, " columns"] | None = None
     ) -> Float[Tensor, "batch columns"]:
@@ -53,3 +133,19 @@ class BridgeModel(LanguageModel):
         if cap > 0:
             logits = cap * torch.tanh(logits / cap)
         return logits if columns is None else logits[:, columns]
+
+
+def _scale(inner: Any, d_head: int) -> float:
+    """What scores are divided by: TransformerLens keeps the divisor, transformers the factor."""
+    if hasattr(inner, "scale"):
+        return float(inner.scale)
+    factor = getattr(inner, "scaling", None)
+    return math.sqrt(d_head) if factor is None else 1.0 / float(factor)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first entries of each head, its halves paired (as transformers does)."""
+    turned, kept = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    left, right = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-right, left], dim=-1) * sin
+    return torch.cat([turned, kept], dim=-1)

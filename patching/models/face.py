@@ -124,9 +124,7 @@ class LanguageModel(ABC):
         """One forward pass with the activations of the hook points ``names``."""
         if not names:
             return self.logits(tokens), {}
-        logits, cache = self.model.run_with_cache(
-            tokens, names_filter=list(names), return_cache_object=False
-        )
+        logits, cache = self.model.run_with_cache(tokens, names_filter=list(names), return_cache_object=False)
         silent = [name for name in names if name not in cache]
         if silent:
             raise SiteError(f"hook points that never fired in a forward pass: {', '.join(silent)}.")
@@ -236,9 +234,9 @@ class LanguageModel(ABC):
 def _disturbed(activation: Tensor) -> Tensor:
     """A clearly different activation that keeps masked (infinite) entries where they are."""
     ramp = torch.linspace(0.5, 1.5, activation.numel(), device=activation.device)
-    changed = activation * ramp.view(activation.shape).to(activation.dtype) + ramp.view(
-        activation.shape
-    ).to(activation.dtype)
+    changed = activation * ramp.view(activation.shape).to(activation.dtype) + ramp.view(activation.shape).to(
+        activation.dtype
+    )
     return torch.where(activation.isfinite() & (activation > -1e4), changed, activation)
 
 

@@ -7,18 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patching.models.block import MLP, Attention, Block, Function, Rotate
+from patching.models.block import ACTIVATION_FUNCTIONS, MLP, Attention, Block, Function, Rotate
 from patching.models.face import LanguageModel
-
-ACTIVATIONS: dict[str, Function] = {
-    # TransformerLens spells these out in elementary operations; the fused kernels are the same functions.
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 class HookedModel(LanguageModel):
@@ -88,7 +78,7 @@ class HookedModel(LanguageModel):
         kind = type(mlp).__name__
         if kind not in ("MLP", "GatedMLP"):
             return None
-        act: Function = ACTIVATIONS.get(self.cfg.act_fn, mlp.act_fn)
+        act: Function = ACTIVATION_FUNCTIONS.get(self.cfg.act_fn, mlp.act_fn)
         if self.cfg.is_layer_norm_activation():
             plain = act
 
