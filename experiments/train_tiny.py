@@ -254,12 +254,12 @@ def measure(task: Task) -> dict[str, Any]:
             DATASETS / f"{task.name}.toml", model, 1000, corruption, SEED + 1, templates
         )
         chosen = [i for i in range(len(dataset)) if held_out(task.name, dataset.fillers(i))]
-        means = []
-        for prompts in zip(*dataset.get_clean_corrupt_pairs(), strict=True):
-            rows = [model(prompts[i])[:, -1] for i in chosen]
-            answers = AnswerBatch.of([dataset.answers(i) for i in chosen])
-            means.append(round(metric(torch.cat(rows), answers).mean().item(), 4))
-        return means[0], means[1]
+        answers = AnswerBatch.of([dataset.answers(i) for i in chosen])
+        clean, corrupted = (
+            round(metric(last_logits(model, [prompts[i] for i in chosen]), answers).mean().item(), 4)
+            for prompts in zip(*dataset.get_clean_corrupt_pairs(), strict=True)
+        )
+        return clean, corrupted
 
     return {
         "accuracy_held_out_words": scores(seen, METRICS["accuracy"])[0],
@@ -271,6 +271,16 @@ def measure(task: Task) -> dict[str, Any]:
             for corruption in task.corruptions
         },
     }
+
+
+def last_logits(model: Any, prompts: list[str]) -> Tensor:
+    """Logits after each prompt [prompt, d_vocab]; prompts of equal length run together."""
+    tokens = [model.to_tokens(prompt) for prompt in prompts]
+    logits = torch.zeros(len(prompts), model.cfg.d_vocab)
+    for length in {row.shape[1] for row in tokens}:
+        same = [i for i, row in enumerate(tokens) if row.shape[1] == length]
+        logits[same] = model(torch.cat([tokens[i] for i in same]))[:, -1]
+    return logits
 
 
 def main() -> None:

@@ -425,6 +425,16 @@ def test_a_task_is_a_file(tiny, tmp_path):
         assert dataset.roles(i) == {"A": (1,), "B": (3,), "A2": (5,), "END": (6,)}
 
 
+def test_the_example_of_the_card_runs(tiny, tmp_path):
+    card = (_folder() / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", card, flags=re.DOTALL)
+
+    dataset = TemplateDataset(written(tmp_path, example), tiny, n_pairs=5)
+
+    a, b = dataset.fillers(0)["A"], dataset.fillers(0)["B"]
+    assert dataset.get_clean_corrupt_pairs()[0] == (f"{a} liked {b}. {a} liked", f"{a} liked {b}. {b} liked")
+
+
 BROKEN = [
     ('name = "mine"', "name = mine", "not a TOML file"),
     ('name = "mine"', 'nam = "mine"', r"unknown key 'nam'\. Available: answers, .*words\."),
