@@ -280,11 +280,11 @@ def test_destination_and_source_positions_have_tokens_on_both_sides() -> None:
 
 
 def test_strange_tokens_are_readable_and_draw(tmp_path) -> None:
-    tokens = ("<bos>", "\n", " ", "$x", "$", "", " antidisestablishmentarianism", "\t")
+    tokens = ("<bos>", "\n", " ", "$\\x$", "$", "", " antidisestablishmentarianism", "\t")
     pairs = tuple(PairInfo(i, tokens, tokens) for i in range(3))
     figure = heatmap(result({"layer": (0, 1), "pos": tuple(range(8))}, pairs=pairs))
 
-    expected = ["<bos>", "\\n", "␣", "$x", "$", "''", "antidisestabl…", "\\t"]
+    expected = ["<bos>", "\\n", "␣", "$\\x$", "$", "''", "antidisestabl…", "\\t"]
     assert ticks(panels(figure)[0], "x") == expected
     figure.savefig(tmp_path / "figure.pdf")
 
