@@ -59,6 +59,7 @@ class ActivationPatcher:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._face = face_of(model)
+        self._known_to_be_read: set[str] = set()
 
     # -- single runs --------------------------------------------------------------------------
 
@@ -97,6 +98,9 @@ class ActivationPatcher:
             return written
 
         with self._face.at_rest([hook_point]):
+            if hook_point not in self._known_to_be_read:
+                self._face.check_writable([hook_point], tokens[0])
+                self._known_to_be_read.add(hook_point)
             return self._face.logits(tokens, self._face.writers(hook_point, write))
 
     def _check_patch(

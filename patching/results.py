@@ -174,7 +174,7 @@ class SweepResult:
         effects = self.effect().ravel()
         order = np.argsort(-np.abs(np.where(np.isnan(effects), 0.0, effects)), kind="stable")
         order = order[~np.isnan(effects[order])][:k]
-        places = np.unravel_index(order, self.patched.shape[:-1])
+        places = np.unravel_index(order, self.patched.shape[:-1]) if self.axes else ()
         columns = {
             axis: [values[i] for i in where]
             for (axis, values), where in zip(self.axes.items(), places)
@@ -212,7 +212,7 @@ class SweepResult:
         if isinstance(pos, int | np.integer):
             token = self.token(int(pos))
             parts.append(repr(token) if token is not None else self.role(int(pos)) or "")
-        return " ".join(part for part in parts if part)
+        return " ".join(part for part in parts if part) or "everything"
 
     def token(self, pos: int) -> str | None:
         """The clean token at a position, where it is the same in every pair."""

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from model_state import assert_same, state_of
 from plain_transformer import PlainTransformer
 from random_models import (
     MODELS,
@@ -211,28 +212,6 @@ def test_attn_scores_keep_their_mask():
 
 
 # Left as it was
-
-
-def state_of(model):
-    parts = dict(model.named_modules())
-    return {
-        "modes": {name: part.training for name, part in parts.items()},
-        "grads": [p.requires_grad for p in model.parameters()],
-        "weights": [p.detach().clone() for p in model.parameters()],
-        "hooks": {name: (len(p._forward_hooks), len(p._backward_hooks)) for name, p in parts.items()},
-        "result": getattr(model.cfg, "use_attn_result", False),
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1].copy(),  # noqa: NPY002  the global state is what is checked
-        "grad mode": torch.is_grad_enabled(),
-    }
-
-
-def assert_same(before, after):
-    for key, value in before.items():
-        if key in ("weights", "torch", "numpy"):
-            assert all(np.array_equal(a, b) for a, b in zip(value, after[key])), key
-        else:
-            assert value == after[key], key
 
 
 @pytest.mark.parametrize("training", [True, False])
