@@ -2,6 +2,7 @@
 
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from tqdm.auto import tqdm
 
 from patching.dataset import PatchingDataset
 from patching.engine import Outcome, Request, exact, reference
-from patching.errors import InterventionError, PatchingError, SiteError, unknown
+from patching.engine.verify import verify
+from patching.errors import InterventionError, PatchingError, PatchingWarning, SiteError, unknown
 from patching.interventions import Replacement, replacement_of
 from patching.models import face_of
 from patching.pairs import scorer_of, token_pairs
@@ -98,9 +100,7 @@ class ActivationPatcher:
             return written
 
         with self._face.at_rest([hook_point]):
-            if hook_point not in self._known_to_be_read:
-                self._face.check_writable([hook_point], tokens[0])
-                self._known_to_be_read.add(hook_point)
+            self._check_writable([hook_point], tokens[0])
             return self._face.logits(tokens, self._face.writers(hook_point, write))
 
     def _check_patch(
@@ -132,7 +132,7 @@ class ActivationPatcher:
         names = list(dict.fromkeys(hook_points))
         sites = [Site(n, dest_pos=position) if _by_destination(n) else Site(n, pos=position) for n in names]
         request = self._request(dataset, sites, (), pair_indices=pair_indices)
-        outcome = self._run(request, "auto", progress=False)
+        outcome, _ = self._run(request, "auto", seed=0, progress=False)
         effects = effect_of(outcome.clean, outcome.corrupted, outcome.cells, "denoising")
         warn_of_vanishing(effects, "run_patching_experiment")
         return {
@@ -184,8 +184,9 @@ class ActivationPatcher:
             window: Patch layers ``l .. l+window-1`` together; the layer axis counts ``l``.
             pair_indices: Which pairs of the dataset; all by default.
             method: ``"exact"`` runs the patched model for every cell.
-            engine: ``"reference"`` makes one whole forward pass per cell; ``"auto"`` the fastest
-                engine that gives the same values.
+            engine: ``"auto"`` resumes every patched run where it first differs from the base run and
+                checks a seeded sample against ``"reference"``, which makes one whole forward pass
+                for each cell.
             max_rows: The most prompts in one forward pass; by default what memory allows.
             progress: Show a progress bar.
             store: Reserved for resumable runs.
@@ -209,9 +210,9 @@ class ActivationPatcher:
             max_rows=max_rows,
         )
         started = time.perf_counter()
-        outcome = self._run(request, engine, progress)
+        outcome, facts = self._run(request, engine, seed, progress)
         result = self._collect(dataset, request, outcome, activation, direction)
-        result.provenance.update(seed=seed, seconds=round(time.perf_counter() - started, 3))
+        result.provenance.update(facts, seed=seed, seconds=round(time.perf_counter() - started, 3))
         warn_of_vanishing(result.effect()[_exists(result)], "sweep")
         return result
 
@@ -248,14 +249,34 @@ class ActivationPatcher:
             raise InterventionError("\n".join(dict.fromkeys(bad)))
         return request
 
-    def _run(self, request: Request, engine: str, progress: bool) -> Outcome:
+    def _run(
+        self, request: Request, engine: str, seed: int, progress: bool
+    ) -> tuple[Outcome, dict[str, Any]]:
+        """The measured values and how they were made."""
         names = request.grid.hook_points()
         runs = sum(map(bool, request.grid.cells)) * len(request.pairs)
         with self._face.at_rest(names), _bar(runs, progress) as step:
-            self._face.check_writable(names, request.pairs[0].clean)
+            self._check_writable(names, request.pairs[0].clean)
             if engine == "reference":
-                return reference.run(request, step)
-            return exact.run(request, step)[0]
+                return reference.run(request, step), {"engine": "reference"}
+            outcome, tally = exact.run(request, step)
+            check = verify(request, outcome, seed)
+            if not check.agrees:
+                _warn(
+                    f"{len(check.cells)} sampled values of this sweep lie up to {check.difference:.2g} from "
+                    f"the reference engine's ({check.allowed:.2g} allowed): it is run again by whole "
+                    "forward passes."
+                )
+                outcome, tally = exact.run(request, resuming=False)
+                check = verify(request, outcome, seed)
+        for reason in dict.fromkeys(tally.reasons):
+            _warn(f"patched runs are whole forward passes, not resumed ones: {reason}.")
+        return outcome, {"engine": "exact", **tally.facts(), **check.facts()}
+
+    def _check_writable(self, names: Sequence[str], tokens: Int[Tensor, " pos"]) -> None:
+        unknown_yet = [name for name in names if name not in self._known_to_be_read]
+        self._face.check_writable(unknown_yet, tokens)
+        self._known_to_be_read.update(names)
 
     def _collect(
         self,
@@ -301,7 +322,6 @@ class ActivationPatcher:
             "replacement": request.replacement.name,
             "metric": request.scorer.name,
             "method": "exact",
-            "engine": "reference",
             "versions": {
                 "patching": version("patching"),
                 "transformer_lens": version("transformer_lens"),
@@ -346,3 +366,7 @@ def _exists(result: SweepResult) -> np.ndarray:
 def _bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
     with tqdm(total=total, disable=not shown, desc="patching", unit="run") as bar:
         yield bar.update
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PatchingWarning, stacklevel=4)

@@ -27,12 +27,18 @@ class Unpatched:
     """The request's scorer, ready for the patched runs of these pairs."""
 
 
-def unpatched(request: Request, rows: Sequence[int], shared: dict[str, Tensor]) -> Unpatched:
-    """Run and score both prompts of each pair; ``shared`` are values made from more than these pairs."""
+def unpatched(
+    request: Request, rows: Sequence[int], shared: dict[str, Tensor], also: Sequence[str] = ()
+) -> Unpatched:
+    """Run and score both prompts of each pair.
+
+    ``shared`` are values made from more than these pairs; ``also`` names hook points of the base run
+    to keep beside those that are patched.
+    """
     names, pairs = request.grid.hook_points(), request.indices(rows)
     own = request.replacement.reads is not None and not request.replacement.across_pairs
     source_logits, source = request.model.cache(request.source(rows), names if own else [])
-    base_logits, live = request.model.cache(request.base(rows), names)
+    base_logits, live = request.model.cache(request.base(rows), [*dict.fromkeys([*names, *also])])
     if request.denoising:
         on_clean, on_corrupted = source_logits, base_logits
     else:

@@ -6,11 +6,10 @@ hooks of the user's would be passed by, whole forward passes carry many patched 
 (``whole``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from patching.engine import resume, whole
@@ -19,18 +18,15 @@ from patching.engine.plan import Group, Patch, Wave, groups, waves
 from patching.engine.readout import score_rows
 from patching.engine.reference import Step
 from patching.engine.request import Outcome, Request, chunks
+from patching.engine.verify import tolerance
 from patching.engine.writes import inner
 from patching.interventions import Custom, GaussianNoise
 from patching.models.block import Block
+from patching.models.face import LanguageModel
 from patching.sites import ACTIVATIONS, Site
 
 WAVE_BYTES = 2**29
 """Activations of a wave's rows that are held at a time, where the user sets no ``max_rows``."""
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far two computations of the same number may lie apart, relative to its size."""
-    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 3e-2)
 
 
 @dataclass
@@ -43,9 +39,17 @@ class Tally:
     reasons: list[str] = field(default_factory=list)
     """Why whole forward passes were needed, where they were."""
 
+    def facts(self) -> dict[str, int | list[str]]:
+        return {
+            "runs_resumed": self.resumed,
+            "runs_whole": self.whole,
+            "runs_known_to_be_zero": self.zero,
+            "whole_because": list(dict.fromkeys(self.reasons)),
+        }
 
-def run(request: Request, step: Step = lambda n: None) -> tuple[Outcome, Tally]:
-    """Measure every cell of the request on every pair."""
+
+def run(request: Request, step: Step = lambda n: None, *, resuming: bool = True) -> tuple[Outcome, Tally]:
+    """Measure every cell of the request on every pair; without ``resuming``, by whole forward passes."""
     outcome, tally = Outcome.empty(request), Tally()
     for rows in request.lengths():
         shared = shared_values(request, rows)
@@ -53,14 +57,18 @@ def run(request: Request, step: Step = lambda n: None) -> tuple[Outcome, Tally]:
             for batch in chunks(group.rows, pairs_at_once(request, group.rows)):
                 places = [rows.index(row) for row in batch]
                 here = {name: value[places] for name, value in shared.items()}
-                _run_batch(request, replace(group, rows=tuple(batch)), here, outcome, tally, step)
+                part = replace(group, rows=tuple(batch))
+                _run_batch(request, part, here, outcome, tally, step, resuming)
     return outcome, tally
 
 
 def _run_batch(
-    request: Request, group: Group, shared: dict[str, Tensor], outcome: Outcome, tally: Tally, step: Step
-) -> None:
-    runs, batch = unpatched(request, group.rows, shared), list(group.rows)
+    request: Request, group: Group, shared: dict[str, Tensor], outcome: Outcome, tally: Tally,
+    step: Step, resuming: bool,
+) -> None:  # fmt: skip
+    refusal = why_not(request.model) if resuming else "resuming is switched off"
+    also = () if refusal else _ends(request.model)
+    runs, batch = unpatched(request, group.rows, shared, also), list(group.rows)
     outcome.clean[batch], outcome.corrupted[batch] = runs.clean, runs.corrupted
     base_scores = runs.corrupted if request.denoising else runs.clean
     still = _unchanged(request, group.patches, runs)
@@ -74,7 +82,7 @@ def _run_batch(
     zero = (len(group.zeros) + len(group.patches) - len(moving)) * len(batch)
     tally.zero += zero
     step(zero)
-    for wave, scores in _waves(request, group, moving, runs, tally):
+    for wave, scores in _waves(request, group, moving, runs, tally, refusal):
         at = np.ix_([patch.number for patch in wave.patches], wave.rows)
         known = outcome.cells[at]  # pairs in which the patch changes nothing keep the base run's score
         outcome.cells[at] = np.where(np.isnan(known), as_numpy(scores), known)
@@ -82,31 +90,63 @@ def _run_batch(
 
 
 def _waves(
-    request: Request, group: Group, patches: Sequence[Patch], runs: Unpatched, tally: Tally
+    request: Request,
+    group: Group,
+    patches: Sequence[Patch],
+    runs: Unpatched,
+    tally: Tally,
+    refusal: str | None,
 ) -> Iterator[tuple[Wave, Tensor]]:
     """Each wave with the metric of its rows ``[cell, pair]``."""
-    base, reason = _base(request, group, runs) if patches else (None, None)
+    base, reason = (None, refusal) if refusal else _base(request, runs)
     resumable = [p for p in patches if base is not None and _inside_blocks(p)]
     limit = request.max_rows or _rows_in_memory(request, group)
     end_only = request.scorer.reads != "all"
     blocks = _blocks(request)
     ordered = resume.order(request.replacement, blocks, resumable)
-    for wave in waves(group, ordered, limit):
-        places = [group.rows.index(row) for row in wave.rows]
+
+    def resumed(wave: Wave) -> Tensor:
         assert base is not None
-        here = base if len(places) == len(group.rows) else base.of(places)
+        here = base.of([group.rows.index(row) for row in wave.rows])
         final = resume.run_wave(blocks, request.replacement, wave, here, end_only=end_only)
         numbers = request.indices(wave.rows)
-        yield wave, score_rows(request, runs.scorer, numbers, final, here.resid_pre[-1])
+        return score_rows(request, runs.scorer, numbers, final, here.resid_pre[-1])
+
+    def from_start(wave: Wave) -> Tensor:
+        places = [group.rows.index(row) for row in wave.rows]
+        values = {name: value[places] for name, value in runs.values.items()}
+        return whole.run_wave(request, wave, values, runs.scorer, request.indices(wave.rows))
+
+    for wave in waves(group, ordered, limit):
+        yield from _in_memory(wave, resumed)
         tally.resumed += len(wave.patches) * len(wave.rows)
     rest = [replace(p, start=0) for p in patches if p not in set(resumable)]
     for wave in waves(group, rest, max(1, min(limit, pairs_at_once(request, group.rows)))):
-        places = [group.rows.index(row) for row in wave.rows]
-        values = {name: value[places] for name, value in runs.values.items()}
-        yield wave, whole.run_wave(request, wave, values, runs.scorer, request.indices(wave.rows))
+        yield from _in_memory(wave, from_start)
         tally.whole += len(wave.patches) * len(wave.rows)
-    if rest:
-        tally.reasons.append(reason or "a hook point outside the blocks' equations is patched")
+    if rest and reason:
+        tally.reasons.append(reason)
+
+
+def _in_memory(wave: Wave, run: Callable[[Wave], Tensor]) -> Iterator[tuple[Wave, Tensor]]:
+    """Run a wave; where memory runs out, its halves."""
+    try:
+        yield wave, run(wave)
+        return
+    except RuntimeError as error:
+        if "memory" not in str(error).lower() or len(wave.patches) * len(wave.rows) == 1:
+            raise
+    for half in _halves(wave):
+        yield from _in_memory(half, run)
+
+
+def _halves(wave: Wave) -> tuple[Wave, Wave]:
+    """A wave as two, with half of its patches each; with half of its pairs where it has one patch."""
+    if len(wave.patches) > 1:
+        at = len(wave.patches) // 2
+        return replace(wave, patches=wave.patches[:at]), replace(wave, patches=wave.patches[at:])
+    at = len(wave.rows) // 2
+    return replace(wave, rows=wave.rows[:at]), replace(wave, rows=wave.rows[at:])
 
 
 def _inside_blocks(patch: Patch) -> bool:
@@ -122,23 +162,34 @@ def _blocks(request: Request) -> resume.Blocks:
     return block
 
 
-def _base(request: Request, group: Group, runs: Unpatched) -> tuple[resume.Base | None, str | None]:
-    """The base runs through the model's equations, or why they cannot be used."""
-    model = request.model
+def why_not(model: LanguageModel) -> str | None:
+    """Why a model's patched runs cannot be resumed; ``None`` if nothing speaks against it."""
     if model.has_hooks():
-        return None, "the model carries hooks, which resuming would pass by"
+        return "the model carries hooks, which resuming would pass by"
     if any(model.block(layer) is None for layer in range(model.n_layers)):
-        return None, "the equations of this architecture are not known"
-    _, first = model.cache(request.base(group.rows), ["blocks.0.hook_resid_pre"])
-    embedded = first["blocks.0.hook_resid_pre"]
-    resid_pre, resid_mid = resume.residuals(_blocks(request), model.n_layers, embedded)
-    expected = runs.base_logits[:, -1]
-    difference = float((model.read_out(resid_pre[-1][:, -1]) - expected).abs().max())
-    if not difference <= tolerance(model.dtype) * max(1.0, float(expected.abs().max())):
-        return None, (
-            f"the equations read off this model miss its own logits by {difference:.2g}: it does "
-            "something they do not say"
-        )
+        return "the equations of this architecture are not known"
+    return None
+
+
+def _ends(model: LanguageModel) -> tuple[str, str]:
+    """Hook points of the residual stream before the first block and after the last."""
+    first, last = ACTIVATIONS["resid_pre"], ACTIVATIONS["resid_post"]
+    return first.hook_point(0), last.hook_point(model.n_layers - 1)
+
+
+def _base(request: Request, runs: Unpatched) -> tuple[resume.Base | None, str | None]:
+    """The base runs through the model's equations, or how these miss what the model does."""
+    model = request.model
+    first, last = (runs.live[name] for name in _ends(model))
+    resid_pre, resid_mid = resume.residuals(_blocks(request), model.n_layers, first)
+    found = resid_pre[-1], model.read_out(resid_pre[-1][:, -1])
+    for got, expected in zip(found, (last, runs.base_logits[:, -1]), strict=True):
+        difference, size = float((got - expected).abs().max()), float(expected.abs().max())
+        if not difference <= tolerance(model.dtype) * max(1.0, size):
+            return None, (
+                f"the equations read off this model miss its own run by {difference:.2g}: it does "
+                "something they do not say"
+            )
     return resume.Base(resid_pre, resid_mid, runs.live, runs.values), None
 
 
@@ -154,7 +205,8 @@ def _unchanged(request: Request, patches: Sequence[Patch], runs: Unpatched) -> l
     """For each patch, the pairs in which it writes bit for bit what is there already."""
     if isinstance(request.replacement, Custom | GaussianNoise):
         return [np.zeros(len(runs.clean), dtype=bool) for _ in patches]
-    changed = {name: _changed(live, runs.values.get(name)) for name, live in runs.live.items()}
+    names = request.grid.hook_points()
+    changed = {name: _changed(runs.live[name], runs.values.get(name)) for name in names}
     return [
         ~np.any([_at(changed[s.hook_point], s, at).any(axis=1) for s, at in patch.sites], axis=0)
         for patch in patches

@@ -28,7 +28,7 @@ def run(request: Request, step: Step = lambda n: None) -> Outcome:
         for places in chunks(range(len(group)), pairs_at_once(request, group)):
             batch = [group[place] for place in places]
             here = {name: value[list(places)] for name, value in shared.items()}
-            run_cell = _CellRunner(request, batch, unpatched(request, batch, here))
+            run_cell = CellRunner(request, batch, unpatched(request, batch, here))
             outcome.clean[batch] = run_cell.unpatched.clean
             outcome.corrupted[batch] = run_cell.unpatched.corrupted
             for number, cell in enumerate(request.grid.cells):
@@ -38,7 +38,7 @@ def run(request: Request, step: Step = lambda n: None) -> Outcome:
     return outcome
 
 
-class _CellRunner:
+class CellRunner:
     """Runs one batch of pairs of equal length with the sites of a cell patched."""
 
     def __init__(self, request: Request, batch: Sequence[int], unpatched: Unpatched) -> None:

@@ -43,6 +43,8 @@ class Base:
     def of(self, places: Sequence[int]) -> "Base":
         """The same for some of the pairs."""
         at = list(places)
+        if at == list(range(len(self.resid_pre[0]))):
+            return self
         return Base(
             [x[at] for x in self.resid_pre],
             [x[at] for x in self.resid_mid],
