@@ -4,10 +4,11 @@
     python experiments/train_tiny.py --measure   measures the stored weights again
 
 Recipe: AdamW, one-cycle learning rate with peak 2e-3, batches of 64 fresh prompts. A batch holds
-clean and corrupted prompts of all six tasks (half of the prompts start after a few random words,
-so that no position carries meaning) and random words that are repeated. Loss: cross-entropy of
-the answers at the last position (spread evenly over answer sets), plus 0.3 times the mean
-cross-entropy of all next tokens. Never seen in training: the templates in HELD_OUT_TEMPLATES, and
+clean and corrupted prompts of all six tasks, and random words that are repeated. Half of the rows
+have their position ids moved up by 1 to 16, so that attention cannot lock on positions; three
+prompts in ten have one word of their frame replaced by another. Loss: cross-entropy of the answers
+at the last position (spread evenly over answer sets) and of the repeated words, plus 0.3 times the
+mean cross-entropy of all next tokens. Never seen in training: the templates in HELD_OUT_TEMPLATES, and
 the combinations of words (about a fifth) that ``held_out`` picks. The seed, the time it took, the
 measured accuracies and the SHA-256 of the weights are written to tiny.json.
 """
@@ -40,24 +41,26 @@ from patching.tiny import WEIGHTS, build_tokenizer, facts, load_tiny
 DATASETS = Path(__file__).parent.parent / "datasets"
 
 SEED = 0
-STEPS = 4000
+STEPS = 5000
 BATCH = 64
 PEAK_LR = 2e-3
 LM_WEIGHT = 0.3
 THREADS = 1
+REPEAT_WEIGHT = 3.0
+MAX_SHIFT = 16
 
 SHAPE = dict(n_layers=4, n_heads=8, d_model=128, d_head=16, d_mlp=512, n_ctx=48)
 SPECIAL = ["<bos>", "<eos>", "<pad>", "<unk>"]
 BOS, PAD = 0, 2
 
 MIX = {
-    "ioi": 0.33,
-    "greater_than": 0.10,
-    "gendered_pronoun": 0.08,
-    "sva": 0.08,
-    "country_capital": 0.10,
-    "induction": 0.18,
-    "repeat": 0.13,
+    "ioi": 0.28,
+    "greater_than": 0.12,
+    "gendered_pronoun": 0.06,
+    "sva": 0.06,
+    "country_capital": 0.08,
+    "induction": 0.20,
+    "repeat": 0.20,
 }
 HELD_OUT_TEMPLATES = {
     "ioi": ["while_working_abba", "while_working_baba", "afterwards_abba", "afterwards_baba"],
@@ -151,10 +154,14 @@ class Batches:
         self.words = words
         self.ids = {word: i for i, word in enumerate(words)}
         self.tokenizer = build_tokenizer(words)
+        fillers = {
+            word for t in tasks.values() for w in t.words.values() for r in w.rows for word in r.values()
+        }
+        self.frame_ids = [i for word, i in self.ids.items() if word not in {*SPECIAL, *fillers}]
         self.streams = {name: examples(task, self.rng) for name, task in tasks.items()}
 
-    def next(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [batch, pos], and the wanted next-token distribution as (row, pos, id) with weights."""
+    def next(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens and their position ids [batch, pos], and wanted next tokens (row, pos, id) with weights."""
         names = self.rng.choices(list(MIX), list(MIX.values()), k=size)
         rows: list[list[int]] = []
         wanted: list[tuple[int, int, int]] = []
@@ -163,29 +170,33 @@ class Batches:
             row, targets = self._repeat() if name == "repeat" else self._prompt(next(self.streams[name]))
             for pos, token in targets:
                 wanted.append((len(rows), pos, token))
-                weights.append(1 / len(targets))
+                weights.append((REPEAT_WEIGHT if name == "repeat" else 1.0) / len(targets))
             rows.append(row)
         width = max(map(len, rows))
         tokens = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
-        return tokens, torch.tensor(wanted), torch.tensor(weights)
-
-    def _random_words(self, n: int) -> list[int]:
-        return self.rng.sample(range(len(SPECIAL), len(self.words)), n)
+        shifts = [self.rng.choice([0, self.rng.randint(1, MAX_SHIFT)]) for _ in rows]
+        positions = torch.arange(width) + torch.tensor(shifts)[:, None]
+        positions[:, 0] = 0  # BOS
+        return tokens, positions.clamp(max=SHAPE["n_ctx"] - 1), torch.tensor(wanted), torch.tensor(weights)
 
     def _prompt(self, example: Example) -> tuple[list[int], list[tuple[int, int]]]:
-        before = self._random_words(self.rng.choice([0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6]))
-        row = [BOS, *before, *self.tokenizer(example.text, add_special_tokens=False)["input_ids"]]
+        row = [BOS, *self.tokenizer(example.text, add_special_tokens=False)["input_ids"]]
+        frame = [i for i, token in enumerate(row[:-1]) if token in self.frame_ids]
+        if frame and self.rng.random() < 0.3:
+            row[self.rng.choice(frame)] = self.rng.choice(self.frame_ids)
         return row, [(len(row) - 1, self.ids[word]) for word in example.answers]
 
     def _repeat(self) -> tuple[list[int], list[tuple[int, int]]]:
-        block = self._random_words(self.rng.randint(3, 12))
+        block = self.rng.sample(range(len(SPECIAL), len(self.words)), self.rng.randint(4, 13))
         row = [BOS, *block, *block]
         return row, [(pos, row[pos + 1]) for pos in range(len(block) + 1, len(row) - 1)]
 
 
-def loss_of(model: NativeModel, tokens: Tensor, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(
+    model: NativeModel, tokens: Tensor, positions: Tensor, wanted: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the wanted answers per prompt, and of all next tokens."""
-    log_probs = model(tokens).log_softmax(-1)  # [batch, pos, d_vocab]
+    log_probs = model(tokens, position_ids=positions).log_softmax(-1)  # [batch, pos, d_vocab]
     row, pos, token = wanted.T
     answer = -(log_probs[row, pos, token] * weights).sum() / weights.sum()
     text = F.nll_loss(log_probs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
