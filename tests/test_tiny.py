@@ -194,7 +194,9 @@ def test_the_same_seed_gives_the_same_batch(script):
 
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one, other)
-    tokens, wanted, _ = first
+    tokens, positions, wanted, _ = first
     assert tokens[:, 0].eq(0).all()
+    assert positions[:, 0].eq(0).all()
+    assert positions.max() < facts()["config"]["n_ctx"]
     assert not tokens.eq(3).any()  # no unknown words
     assert wanted.shape[1] == 3

@@ -219,7 +219,7 @@ class _Parser:
         return Ref(slot, column or (words.columns[0] if words else ""))
 
     def numbers(self, words: WordList | None, column: str, where: str) -> None:
-        strange = [row[column] for row in words.rows if not row.get(column, '').isdecimal()] if words else []
+        strange = [row[column] for row in words.rows if not row.get(column, "").isdecimal()] if words else []
         if strange:
             self.problems.append(f"{where}: above and up_to compare numbers, but there are words {strange}.")
 

@@ -44,7 +44,9 @@ def slots_needed(task: Task, template: Template, corruption: Corruption) -> set[
     needed = [*template.slots, template.correct.ref.slot, template.incorrect.ref.slot]
     for slot in needed:  # grows while it is walked
         replacement = corruption.replace.get(slot, Replacement())
-        needed += [s for s in (task.slots[slot], replacement.slot) if s in task.slots and s not in needed]
+        needed += [
+            s for s in (task.slots[slot], replacement.slot or "") if s in task.slots and s not in needed
+        ]
     return set(needed)
 
 
