@@ -342,7 +342,7 @@ def _title(result: SweepResult, at: Mapping[str, Any]) -> str:
     into = "corrupted run, clean values" if result.direction == "denoising" else "clean run, corrupted values"
     kept = "".join(f", {axis} {value}" for axis, value in at.items())
     known = [result.provenance[key] for key in ("model", "dataset") if key in result.provenance]
-    pairs = f"{len(result.pairs)} pair{'s' if len(result.pairs) != 1 else ''}"
+    pairs = "1 pair" if len(result.pairs) == 1 else f"{len(result.pairs)} pairs"
     return f"{swept}{kept}: {result.direction} ({into})\n{', '.join([*known, pairs, result.metric])}"
 
 

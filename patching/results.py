@@ -187,8 +187,9 @@ class SweepResult:
         swept = self.activation if isinstance(self.activation, str) else ", ".join(self.activation)
         meaning = "sufficient" if self.direction == "denoising" else "necessary"
         shape = " × ".join(f"{len(values)} {axis}" for axis, values in self.axes.items())
+        pairs = "1 pair" if len(self.pairs) == 1 else f"{len(self.pairs)} pairs"
         lines = [
-            f"{self.direction} of {swept}: {shape}, {len(self.pairs)} pairs",
+            f"{self.direction} of {swept}: {shape}, {pairs}",
             f"{self.metric}: clean {self.clean.mean():+.3f}, corrupted {self.corrupted.mean():+.3f}, "
             f"gap {gap:+.3f}",
             f"strongest {min(k, self.effect().size)} (1 = {meaning} for the whole gap, 0 = no effect):",
