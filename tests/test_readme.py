@@ -1,0 +1,79 @@
+"""The README does what it says: its code runs, its output is real, its tree is the tree."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+NUMBER = re.compile(r"[+-]?\d+\.\d+")
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> list[tuple[str, str]]:
+    """Each ``text`` block with what the Python above it printed; all of them run as one session."""
+    session: dict = {}
+    folder, outputs = tmp_path_factory.mktemp("readme"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        lines: list[str] = []
+        session["print"] = lambda *values: lines.append(" ".join(map(str, values)))
+        for language, code in BLOCKS:
+            if language == "toml":
+                (folder / f"{tomllib.loads(code)['name']}.toml").write_text(code, "utf-8")
+            elif language == "python":
+                lines.clear()
+                exec(compile(code, "README.md", "exec"), session)
+            elif language == "text":
+                outputs.append((code, "\n".join(lines) + "\n"))
+    assert (folder / "components.png").read_bytes().startswith(b"\x89PNG")
+    return outputs
+
+
+def without_bars(text: str) -> list[str]:
+    return [line.rstrip("█ ") for line in text.splitlines()]
+
+
+def test_the_output_is_what_the_code_prints(printed) -> None:
+    assert len(printed) == 3
+    for written, real in printed:
+        message = f"README.md should say\n{real}"
+        words = [[NUMBER.sub("#", line) for line in without_bars(text)] for text in (written, real)]
+        assert words[0] == words[1], message
+        written_numbers, real_numbers = (
+            [float(number) for number in NUMBER.findall(text)] for text in (written, real)
+        )
+        assert written_numbers == pytest.approx(real_numbers, abs=0.005), message
+
+
+def test_the_example_is_short() -> None:
+    assert len(BLOCKS[0][1].splitlines()) <= 12
+
+
+def test_the_tree_has_a_line_for_every_room() -> None:
+    tree = README[README.index("## The tree") :]
+    rooms = {path.name for path in (ROOT / "patching").iterdir() if not path.name.startswith(("_", "py."))}
+    named = set(re.findall(r"^  (\w+)(?:\.py|/)  ", tree, re.M))
+
+    assert named == {name.removesuffix(".py") for name in rooms} - {"weights"}
+
+
+def test_everything_named_is_there() -> None:
+    tree = README[README.index("## The tree") :]
+    linked = re.findall(r"\]\(([^):]+)\)", README)
+    folders = re.findall(r"^([\w.]+/?)  ", tree, re.M)
+
+    assert len(linked) > 3
+    assert len(folders) > 3
+    missing = [name for name in (*linked, *folders) if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_picture_is_small() -> None:
+    pictures = list((ROOT / "docs/images").glob("*.png"))
+
+    assert pictures
+    assert max(path.stat().st_size for path in pictures) < 300_000
