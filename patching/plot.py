@@ -26,6 +26,7 @@ READING_ORDER = ("layer", "activation", "head", "dest_pos", "neuron", "src_pos",
 POSITIONS = ("pos", "dest_pos", "src_pos")
 PAGE, COLUMN = 7.0, 3.4  # inches: the widths of a page and of a column of a paper
 MOST_PANELS = 48
+FAINT = 0.1
 SMALL, NORMAL = 7, 8  # points
 LONGEST_TOKEN = 14  # characters
 STEPS = [digit * 10**power for power in range(9) for digit in (1, 2, 5)]
@@ -58,7 +59,8 @@ def heatmap(
         x, y, panels: Which axis goes where, if not as above.
         at: Keeps one value of an axis, e.g. ``{"layer": 2}``.
         aggregate: How pairs are joined, as in :meth:`SweepResult.effect`.
-        limit: The effect at the ends of the colour scale; by default the largest there is.
+        limit: The effect at the ends of the colour scale; by default the largest there is, and
+            at least 0.1, so that a sweep that finds nothing looks like it.
         figsize: Inches; by default what the cells need, up to a page.
         title: In place of the line that says what was swept.
 
@@ -133,7 +135,7 @@ def _drawing(
     effects = result.effect(aggregate)[tuple(index)]
     exists = ~np.isnan(result.patched).all(-1)[tuple(index)]
     largest = float(np.nanmax(np.abs(effects))) if np.isfinite(effects).any() else 0.0
-    return _Drawing(result, kept, effects, exists, limit or largest or 1.0)
+    return _Drawing(result, kept, effects, exists, limit or max(largest, FAINT))
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,11 @@ def test_limit_sets_the_ends_of_the_scale() -> None:
     assert mesh_of(ax).get_clim() == (-0.5, 0.5)
 
 
-def test_a_sweep_without_any_effect_is_white() -> None:
-    (ax,) = panels(heatmap(result({"layer": (0, 1), "head": (0, 1)}, np.zeros((2, 2)))))
+@pytest.mark.parametrize("largest", [0.0, 0.01])
+def test_a_sweep_that_finds_nothing_is_faint(largest) -> None:
+    (ax,) = panels(heatmap(result({"layer": (0, 1), "head": (0, 1)}, np.full((2, 2), largest))))
 
-    assert mesh_of(ax).get_clim() == (-1.0, 1.0)
+    assert mesh_of(ax).get_clim() == (-0.1, 0.1)
 
 
 def test_cells_without_a_value_are_hatched() -> None:
