@@ -22,6 +22,9 @@ from patching.sites import Site
 
 Blocks = Callable[[int], Block]
 
+CACHE_BYTES = 2**23
+"""The widest activation of one step down a layer on a CPU."""
+
 MID = ("z", "result", "attn_out", "resid_mid")
 """Activations that move the residual stream before the MLP by a vector known in advance."""
 POST = ("post", "mlp_out", "resid_post")
@@ -101,7 +104,10 @@ def run_wave(
             queries = 1 if last else rows.shape[2]
             past = block.keys_values(base.resid_pre[layer][:, : wave.start])
             edit = LayerWrites(writes, layer)
-            rows[:joined, :, rows.shape[2] - queries :] = block.run(rows[:joined], past, edit, queries)
+            rest = rows.shape[2] - queries
+            for some in _steps(joined, rows[0].numel() // d_model, block, rows):
+                out = block.run(rows[some], past, edit.of(some), queries)
+                rows[some, :, rest:] = out
         for patches in stepping:
             fresh = rows[joined : joined + len(patches)]
             fresh[:] = base.resid_pre[layer + 1][:, wave.start :]
@@ -109,6 +115,15 @@ def run_wave(
             fresh[:, :, positions] = _step_in(replacement, block, layer, patches, base)
             joined += len(patches)
     return rows
+
+
+def _steps(joined: int, tokens: int, block: Block, rows: Tensor) -> list[slice]:
+    """The joined cells in steps; on a CPU small enough for a step's activations to stay in its cache."""
+    width = block.attention.d_head * block.attention.n_heads * 4
+    if block.mlp is not None:
+        width = max(width, block.mlp.W_out.shape[0])
+    size = joined if rows.is_cuda else max(1, CACHE_BYTES // (tokens * width * rows.itemsize))
+    return [slice(at, min(at + size, joined)) for at in range(0, joined, size)]
 
 
 def _through(blocks: Blocks, replacement: Replacement, wave: Wave) -> list[Patch]:
@@ -174,7 +189,7 @@ def _step_in(
     if name in POST or block.parallel or block.mlp is None:
         return base.resid_pre[layer + 1][:, positions] + moved
     resid_mid = base.resid_mid[layer][:, positions] + moved
-    return resid_mid + block.mlp_out(resid_mid, NoEdit(), 0)
+    return block.mlp_out(resid_mid, NoEdit(), 0).add_(resid_mid)
 
 
 def _moved(

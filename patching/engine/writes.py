@@ -31,10 +31,19 @@ class Writes:
                 self.sites[site.hook_point].append((row, (site, positions)))
 
     def into(
-        self, hook_point: str, activation: Float[Tensor, "cell pair ..."], first: int = 0
+        self,
+        hook_point: str,
+        activation: Float[Tensor, "cell pair ..."],
+        first: int = 0,
+        cells: slice = slice(None),
     ) -> Float[Tensor, "cell pair ..."]:
-        """Write, in place, every site of the hook point; positions of ``activation`` start at ``first``."""
-        placed = sorted(self.sites.get(hook_point, ()), key=lambda item: _alike(item[1]))
+        """Write, in place, every site of the hook point into the rows ``cells`` of the patches.
+
+        Positions of ``activation`` start at ``first``.
+        """
+        low, high = cells.start or 0, len(activation) + (cells.start or 0)
+        here = [(row - low, at) for row, at in self.sites.get(hook_point, ()) if low <= row < high]
+        placed = sorted(here, key=lambda item: _alike(item[1]))
         for _, members in groupby(placed, key=lambda item: _alike(item[1])):
             rows, sites = zip(*members, strict=True)
             self._write(activation, rows, [site for site, _ in sites], sites[0][1], first)
@@ -62,15 +71,20 @@ class Writes:
 class LayerWrites:
     """The part of some writes that lies inside one layer, as a block asks for it."""
 
-    def __init__(self, writes: Writes, layer: int) -> None:
+    def __init__(self, writes: Writes, layer: int, cells: slice = slice(None)) -> None:
         self.writes = writes
         self.layer = layer
+        self.cells = cells
+
+    def of(self, cells: slice) -> "LayerWrites":
+        """The same for some of the patches."""
+        return LayerWrites(self.writes, self.layer, cells)
 
     def wants(self, name: str) -> bool:
         return ACTIVATIONS[name].hook_point(self.layer) in self.writes.sites
 
     def __call__(self, name: str, activation: Tensor, first: int) -> Tensor:
-        return self.writes.into(ACTIVATIONS[name].hook_point(self.layer), activation, first)
+        return self.writes.into(ACTIVATIONS[name].hook_point(self.layer), activation, first, self.cells)
 
 
 def inner(site: Site) -> int | None:

@@ -116,6 +116,8 @@ class Attention:
     """Local attention sees this many positions, its own included."""
     to_qk: Float[Tensor, "pos d_model"] | None = None
     """Shortformer: position embeddings added to what queries and keys read, but not values."""
+    softmax_in: torch.dtype | None = None
+    """The precision of the softmax, where it is not the model's own."""
 
     @property
     def n_heads(self) -> int:
@@ -207,7 +209,8 @@ class Attention:
         scores = scores.masked_fill(self._hidden(distance), float("-inf"))
         first = length - queries
         scores = _edited(edit, "attn_scores", scores, first)
-        return _edited(edit, "pattern", scores.softmax(-1), first)
+        pattern = scores.softmax(-1, dtype=self.softmax_in).to(scores.dtype)
+        return _edited(edit, "pattern", pattern, first)
 
     def _hidden(self, distance: Tensor) -> Bool[Tensor, "pos src_pos"]:
         hidden = distance > 0
@@ -289,13 +292,13 @@ class Block:
         self, resid_pre: Tensor, attn_out: Tensor, edit: Edit, first: int
     ) -> Float[Tensor, "cell pair pos d_model"]:
         """``resid_post`` from the block's input and its attention's output."""
-        resid_mid = resid_pre + attn_out
+        resid_mid = attn_out.add_(resid_pre)  # in place: fresh memory costs as much as the sum
         if self.mlp is None or self.norm2 is None:
             return edit("resid_post", resid_mid, first)
         if self.parallel:
-            return edit("resid_post", resid_mid + self.mlp_out(resid_pre, edit, first), first)
+            return edit("resid_post", resid_mid.add_(self.mlp_out(resid_pre, edit, first)), first)
         resid_mid = edit("resid_mid", resid_mid, first)
-        return edit("resid_post", resid_mid + self.mlp_out(resid_mid, edit, first), first)
+        return edit("resid_post", self.mlp_out(resid_mid, edit, first).add_(resid_mid), first)
 
     def mlp_out(self, resid: Tensor, edit: Edit, first: int) -> Tensor:
         """What the MLP adds to the residual stream that it reads ``resid`` from."""

@@ -56,7 +56,7 @@ class BridgeModel(LanguageModel):
         try:
             attention = self._attention(block.attn)
             mlp = None if getattr(cfg, "attn_only", False) else self._mlp(block.mlp)
-        except (AttributeError, TypeError, NotImplementedError):
+        except (AttributeError, KeyError, TypeError, NotImplementedError):
             return None  # attention or MLP of another kind: mixtures of experts, state spaces, ...
         if getattr(cfg, "attention_dir", "causal") != "causal":
             return None
@@ -89,7 +89,8 @@ class BridgeModel(LanguageModel):
             rotate_q=self._rotate(inner, "q_norm"),
             rotate_k=self._rotate(inner, "k_norm"),
             soft_cap=float(soft_cap or 0.0),
-            window=getattr(inner, "sliding_window", None),
+            window=_window(inner),
+            softmax_in=torch.float32 if _by_transformers(attn) else None,
         )
 
     def _rotate(self, inner: Any, norm: str) -> Rotate | None:
@@ -121,8 +122,9 @@ class BridgeModel(LanguageModel):
         return MLP(mlp.W_gate, None, act, mlp.W_out, mlp.b_out, W_linear=mlp.W_in)
 
     def _norm(self, norm: Any) -> Function:
-        """The wrapped model's own norm; the Bridge's where it has processed the weights."""
-        module = norm if self.model.compatibility_mode else norm.original_component
+        """The wrapped model's own norm; the Bridge's where that is the one which runs."""
+        own = getattr(norm, "use_native_layernorm_autograd", True) and not self.model.compatibility_mode
+        module = norm.original_component if own else norm
         return lambda x: module(x.flatten(0, -3)).view(x.shape)
 
     def read_out(
@@ -141,6 +143,17 @@ def _scale(inner: Any, d_head: int) -> float:
         return float(inner.scale)
     factor = getattr(inner, "scaling", None)
     return math.sqrt(d_head) if factor is None else 1.0 / float(factor)
+
+
+def _window(inner: Any) -> int | None:
+    """How many positions a layer sees; where layers are all alike, transformers keeps it in the config."""
+    shared = getattr(getattr(inner, "config", None), "sliding_window", None)
+    return getattr(inner, "sliding_window", None if hasattr(inner, "layer_type") else shared)
+
+
+def _by_transformers(attn: Any) -> bool:
+    """Whether the Bridge follows transformers' attention, with its softmax in float32 whatever the model's dtype."""
+    return any(kind.__name__ == "PositionEmbeddingsAttentionBridge" for kind in type(attn).__mro__)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
