@@ -7,6 +7,10 @@ import torch
 
 
 def state_of(model: Any) -> dict[str, Any]:
+    """The state after a first cached run: in that, transformers puts recording hooks of its own."""
+    rng = torch.get_rng_state()
+    model.run_with_cache(torch.tensor([[0, 1]]), names_filter=["hook_embed"])
+    torch.set_rng_state(rng)
     parts = dict(model.named_modules())
     return {
         "modes": {name: part.training for name, part in parts.items()},

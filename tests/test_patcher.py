@@ -387,13 +387,14 @@ def test_narrowing_keeps_the_values(any_model):
     np.testing.assert_allclose(part.patched, expected, atol=1e-5)
 
 
-def test_roles_are_positions_that_move(any_model):
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_roles_are_positions_that_move(any_model, engine):
     pairs = [
         dataclasses.replace(pair, roles={"HERE": 2 + i, "BOTH": (3, 4), **({"LATE": 4} if i else {})})
         for i, pair in enumerate(random_pairs(2, LENGTH))
     ]
     dataset = PromptPairDataset(any_model, pairs)
-    by_role = sweep(any_model, dataset, "resid_pre", ("layer", "role"))
+    by_role = sweep(any_model, dataset, "resid_pre", ("layer", "role"), engine=engine)
     by_pos = sweep(any_model, dataset, "resid_pre", ("layer", "pos"))
     assert by_role.axes["role"] == ("HERE", "BOTH", "LATE")
     both = sweep(any_model, dataset, "resid_pre", ("layer",), positions=[3, 4])
@@ -403,7 +404,7 @@ def test_roles_are_positions_that_move(any_model):
     assert np.isnan(by_role.patched[:, 2, 0]).all()
     np.testing.assert_allclose(by_role.patched[:, 2, 1], by_pos.patched[:, 4, 1], atol=1e-5)
     assert not np.isnan(by_role.effect()).any()
-    mixed = sweep(any_model, dataset, "resid_pre", ("pos",), layers=[1], positions=["HERE", 4])
+    mixed = sweep(any_model, dataset, "resid_pre", ("pos",), layers=[1], positions=["HERE", 4], engine=engine)
     np.testing.assert_allclose(mixed.patched, [by_role.patched[1, 0], by_pos.patched[1, 4]], atol=1e-5)
     assert "HERE" in mixed.summary()
     assert "L1 HERE" in by_role.summary(9)
