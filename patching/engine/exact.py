@@ -51,26 +51,29 @@ class Tally:
 def run(request: Request, step: Step = lambda n: None, *, resuming: bool = True) -> tuple[Outcome, Tally]:
     """Measure every cell of the request on every pair; without ``resuming``, by whole forward passes."""
     outcome, tally = Outcome.empty(request), Tally()
+    refusal = why_not(request.model) if resuming else "resuming is switched off"
     for rows in request.lengths():
         shared = shared_values(request, rows)
-        for group in groups(request, rows):
+        for group in groups(request, rows, causal=refusal is None):
             for batch in chunks(group.rows, pairs_at_once(request, group.rows)):
                 places = [rows.index(row) for row in batch]
                 here = {name: value[places] for name, value in shared.items()}
                 part = replace(group, rows=tuple(batch))
-                _run_batch(request, part, here, outcome, tally, step, resuming)
+                _run_batch(request, part, here, outcome, tally, step, refusal)
     return outcome, tally
 
 
 def _run_batch(
     request: Request, group: Group, shared: dict[str, Tensor], outcome: Outcome, tally: Tally,
-    step: Step, resuming: bool,
+    step: Step, refusal: str | None,
 ) -> None:  # fmt: skip
-    refusal = why_not(request.model) if resuming else "resuming is switched off"
     also = () if refusal else _ends(request.model)
     runs, batch = unpatched(request, group.rows, shared, also), list(group.rows)
     outcome.clean[batch], outcome.corrupted[batch] = runs.clean, runs.corrupted
     base_scores = runs.corrupted if request.denoising else runs.clean
+    base, reason = (None, refusal) if refusal else _base(request, runs)
+    if base is None:  # and so nothing is known of what cannot reach the read-out
+        [group] = groups(request, group.rows, causal=False)
     still = _unchanged(request, group.patches, runs)
     for number in group.zeros:
         outcome.cells[number, batch] = base_scores
@@ -82,7 +85,7 @@ def _run_batch(
     zero = (len(group.zeros) + len(group.patches) - len(moving)) * len(batch)
     tally.zero += zero
     step(zero)
-    for wave, scores in _waves(request, group, moving, runs, tally, refusal):
+    for wave, scores in _waves(request, group, moving, runs, tally, base, reason):
         at = np.ix_([patch.number for patch in wave.patches], wave.rows)
         known = outcome.cells[at]  # pairs in which the patch changes nothing keep the base run's score
         outcome.cells[at] = np.where(np.isnan(known), as_numpy(scores), known)
@@ -95,10 +98,10 @@ def _waves(
     patches: Sequence[Patch],
     runs: Unpatched,
     tally: Tally,
-    refusal: str | None,
+    base: resume.Base | None,
+    reason: str | None,
 ) -> Iterator[tuple[Wave, Tensor]]:
     """Each wave with the metric of its rows ``[cell, pair]``."""
-    base, reason = (None, refusal) if refusal else _base(request, runs)
     resumable = [p for p in patches if base is not None and _inside_blocks(p)]
     limit = request.max_rows or _rows_in_memory(request, group)
     end_only = request.scorer.reads != "all"

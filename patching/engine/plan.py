@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from patching.engine.request import Request
-from patching.interventions import Paired
-from patching.sites import Site
+from patching.interventions import Custom, Paired
+from patching.sites import ACTIVATIONS, Site
 
 Placed = tuple[Site, tuple[int, ...]]
 """A site with the token positions at which it can change the run."""
 
-KEYS = ("k", "v", "resid_pre")
+READ_LATER = ("k", "v", "resid_pre")
 """Activations that a later position reads in their own layer."""
 
 
@@ -54,15 +54,18 @@ class Group:
     """Cells that exist but cannot reach the read-out."""
 
 
-def groups(request: Request, rows: Sequence[int]) -> list[Group]:
-    """Rows of one length in groups, with what has to be run in each."""
+def groups(request: Request, rows: Sequence[int], *, causal: bool = True) -> list[Group]:
+    """Rows of one length in groups, with what has to be run in each.
+
+    Not ``causal``: any position may change any other, so every cell has to be run.
+    """
     by_role = any(isinstance(s.pos, str) for cell in request.grid.cells for s in cell)
     keyed: dict[tuple, list[int]] = defaultdict(list)
     for row in rows:
         pair = request.pairs[row]
         roles = tuple(sorted(pair.roles.items())) if by_role else ()
-        keyed[len(pair), _first(request, row), roles].append(row)
-    return [_group(request, alike, key[0], key[1]) for key, alike in sorted(keyed.items())]
+        keyed[len(pair), _first(request, row) if causal else 0, roles].append(row)
+    return [_group(request, alike, key[0], key[1], causal) for key, alike in sorted(keyed.items())]
 
 
 def _first(request: Request, row: int) -> int:
@@ -74,7 +77,7 @@ def _first(request: Request, row: int) -> int:
     return int(different[0]) if len(different) else len(pair)
 
 
-def _group(request: Request, rows: Sequence[int], length: int, first: int) -> Group:
+def _group(request: Request, rows: Sequence[int], length: int, first: int, causal: bool) -> Group:
     patches, zeros = [], []
     roles = request.pairs[rows[0]].roles
     for number, cell in enumerate(request.grid.cells):
@@ -84,7 +87,7 @@ def _group(request: Request, rows: Sequence[int], length: int, first: int) -> Gr
         placed = [
             (site, effective)
             for site, positions in zip(cell, there, strict=True)
-            if (effective := _effective(request, site, positions or (), length, first))
+            if (effective := _effective(request, site, positions or (), length, first, causal))
         ]
         if placed:
             layer = min(site.layer or 0 for site, _ in placed)
@@ -96,13 +99,17 @@ def _group(request: Request, rows: Sequence[int], length: int, first: int) -> Gr
 
 
 def _effective(
-    request: Request, site: Site, positions: Sequence[int], length: int, first: int
+    request: Request, site: Site, positions: Sequence[int], length: int, first: int, causal: bool
 ) -> tuple[int, ...]:
     """The positions at which the site can change what the metric reads."""
+    own_position = site.activation.name in ACTIVATIONS and site.activation.name not in READ_LATER
     last_layer = site.layer == request.model.n_layers - 1
-    if last_layer and site.activation.name not in KEYS and request.scorer.reads != "all":
+    if causal and last_layer and own_position and request.scorer.reads != "all":
         first = max(first, length - 1)
-    return tuple(sorted(position for position in positions if position >= first))
+    effective = [position for position in positions if position >= first]
+    if effective and isinstance(request.replacement, Custom):
+        effective = list(positions)  # a function may read them all to write one
+    return tuple(sorted(effective))
 
 
 def waves(group: Group, patches: Sequence[Patch], max_rows: int) -> list[Wave]:

@@ -100,7 +100,7 @@ def run_wave(
         rows[joined : joined + len(entering)] = base.resid_pre[layer][:, wave.start :]
         joined += len(entering)
         if joined:
-            last = end_only and layer == n_layers - 1
+            last = end_only and layer == n_layers - 1 and not isinstance(replacement, Custom)
             queries = 1 if last else rows.shape[2]
             past = block.keys_values(base.resid_pre[layer][:, : wave.start])
             edit = LayerWrites(writes, layer)

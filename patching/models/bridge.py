@@ -68,7 +68,6 @@ class BridgeModel(LanguageModel):
             parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
             after_attention=self._norm(block.ln1_post) if hasattr(block, "ln1_post") else None,
             after_mlp=self._norm(block.ln2_post) if hasattr(block, "ln2_post") else None,
-            hooked_before=True,
         )
 
     def _attention(self, attn: Any) -> Attention:
