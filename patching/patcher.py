@@ -106,8 +106,9 @@ class ActivationPatcher:
     def _check_patch(
         self, tokens: Tensor, clean_cache: ActivationCache, hook_point: str, position: int | None
     ) -> None:
-        if hook_point not in self._face.shape.hook_points or hook_point not in clean_cache.keys():
-            raise SiteError(unknown("hook point", hook_point, clean_cache.keys()))
+        known = self._face.shape.hook_points.intersection(clean_cache.keys())
+        if hook_point not in known:
+            raise SiteError(unknown("hook point", hook_point, known))
         clean_length, length = clean_cache.input_tokens.shape[-1], tokens.shape[-1]
         if clean_length != length:
             raise SiteError(
@@ -138,7 +139,7 @@ class ActivationPatcher:
         return {
             name: [
                 PatchingResult(name, *map(float, values))
-                for values in zip(outcome.clean, outcome.corrupted, outcome.cells[n], effects[n])
+                for values in zip(outcome.clean, outcome.corrupted, outcome.cells[n], effects[n], strict=True)
             ]
             for n, name in enumerate(names)
         }

@@ -64,7 +64,7 @@ class PromptPairDataset(PatchingDataset):
             bad.extend(
                 f"pair {i}: the {kind} answer {answer!r} is {len(ids)} tokens {ids}, expected one. "
                 "Answers are the text that follows the prompt, usually with a leading space."
-                for answer, ids in zip(several, found)
+                for answer, ids in zip(several, found, strict=True)
                 if len(ids) != 1
             )
             return tuple(ids[0] for ids in found if len(ids) == 1)

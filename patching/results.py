@@ -177,7 +177,7 @@ class SweepResult:
         places = np.unravel_index(order, self.patched.shape[:-1]) if self.axes else ()
         columns = {
             axis: [values[i] for i in where]
-            for (axis, values), where in zip(self.axes.items(), places)
+            for (axis, values), where in zip(self.axes.items(), places, strict=True)
         }
         return pd.DataFrame({**columns, "effect": effects[order]})
 
@@ -198,9 +198,8 @@ class SweepResult:
         names = [self._name(row) for row in top.drop(columns="effect").to_dict("records")]
         width = max(map(len, names), default=0)
         bars = [f"{'█' * round(20 * min(abs(e), 1.5))}" for e in top["effect"]]
-        return "\n".join(
-            lines + [f"  {n:<{width}}  {e:+.3f}  {b}" for n, e, b in zip(names, top["effect"], bars)]
-        )
+        shown = zip(names, top["effect"], bars, strict=True)
+        return "\n".join(lines + [f"  {name:<{width}}  {effect:+.3f}  {bar}" for name, effect, bar in shown])
 
     def _name(self, point: Mapping[str, Any]) -> str:
         """A short name of a cell: ``L9H6``, ``L5 pos 10 ' John'``, ``L5 pos 10 S2``, ``L7 S2``."""
@@ -229,7 +228,7 @@ class SweepResult:
         """One :class:`PatchingResult` for each cell and pair in which the cell exists."""
         frame = self.to_frame().dropna(subset=["patched"])
         columns = ("hook_point", "clean", "corrupted", "patched", "effect")
-        return [PatchingResult(*row) for row in zip(*(frame[c] for c in columns))]
+        return [PatchingResult(*row) for row in zip(*(frame[c] for c in columns), strict=True)]
 
     def plot(self, **options: Any) -> Any:
         """A heatmap of the effects, as a matplotlib ``Figure``; see :func:`patching.plot.heatmap`."""

@@ -190,7 +190,7 @@ def grid(
     values = {axis: _axis_values(axis, kinds, shape, n_pos, roles, choice) for axis in over}
     points = list(itertools.product(*values.values()))
     cells = tuple(
-        _cell(kind, dict(zip(over, point)), shape, choice) for kind in kinds for point in points
+        _cell(kind, dict(zip(over, point, strict=True)), shape, choice) for kind in kinds for point in points
     )
     if isinstance(activation, str):
         return Grid(values, cells)

@@ -21,7 +21,7 @@ def state_of(model: Any) -> dict[str, Any]:
         "grad mode": torch.is_grad_enabled(),
         "arrays": {
             "torch": torch.get_rng_state(),
-            "numpy": np.random.get_state()[1].copy(),  # noqa: NPY002  the global state is what is checked
+            "numpy": np.random.get_state()[1].copy(),
             **{name: p.detach().clone() for name, p in model.named_parameters()},
         },
     }

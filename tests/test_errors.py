@@ -55,10 +55,13 @@ UNEQUAL = [GOOD[0], PromptPair(tokens(0, 5, 6), tokens(0, 5, 6, 7), 4, 5), Promp
         ([PromptPair(" ".join(["w1"] * 30), " ".join(["w1"] * 30), 4, 5)], PairError,
          "pair 0: 31 tokens, but the model's context is 24"),
         ([], PairError, "the dataset 'prompt pairs' has no pairs"),
-        ([PromptPair(tokens(0, 50), tokens(0, -1), 4, 5)], PairError, r"token ids must lie in 0\.\.49, got \[0, 50, 0, -1\]"),
-        (prompts(GOOD, roles={"S": 6}), PairError, r"role 'S' is at \(6,\), outside the prompt's positions 0\.\.5"),
+        ([PromptPair(tokens(0, 50), tokens(0, -1), 4, 5)], PairError,
+         r"token ids must lie in 0\.\.49, got \[0, 50, 0, -1\]"),
+        (prompts(GOOD, roles={"S": 6}), PairError,
+         r"role 'S' is at \(6,\), outside the prompt's positions 0\.\.5"),
         (prompts(GOOD, roles={"S": -1}), PairError, r"role 'S' is at \(-1,\), outside"),
-        (prompts(GOOD, correct=7, incorrect=7), PairError, r"pair 0: the tokens \[7\] are both correct and incorrect"),
+        (prompts(GOOD, correct=7, incorrect=7), PairError,
+         r"pair 0: the tokens \[7\] are both correct and incorrect"),
         (prompts(GOOD, correct=(7, 8), incorrect=(8, 9)), PairError, r"pair 2: the tokens \[8\] are both"),
         (prompts(GOOD, incorrect=()), PairError, "pair 1: the metric 'logit_diff' needs an incorrect answer"),
         (prompts(GOOD, correct=()), PairError, "pair 0: no correct answer"),
@@ -81,24 +84,29 @@ def test_bad_prompts(any_model, forwards, pairs, error, message):
 @pytest.mark.parametrize(
     ("request_", "error", "message"),
     [
-        ({"activation": "residual"}, SiteError, "unknown activation or hook point 'residual'. Available: attn_out"),
+        ({"activation": "residual"}, SiteError,
+         "unknown activation or hook point 'residual'. Available: attn_out"),
         ({"activation": "blocks.0.hook_residpre"}, SiteError, "nearest: blocks.0.hook_resid_pre"),
         ({"over": ("layers",)}, SiteError, "unknown axis 'layers'. Available: dest_pos, head, layer"),
-        ({"over": ("pos",), "positions": [6]}, SiteError, "position 6 is outside the prompts: the longest has 6"),
+        ({"over": ("pos",), "positions": [6]}, SiteError,
+         "position 6 is outside the prompts: the longest has 6"),
         ({"over": ("pos",), "positions": ["IO"]}, SiteError, "unknown role 'IO'. Available: CHANGED, END"),
         ({"layers": [3]}, SiteError, r"layer 3 does not exist; this model has 0\.\.2"),
         ({"heads": [4]}, SiteError, r"head 4 does not exist; this model has 0\.\.3"),
         ({"metric": "logits"}, MetricError, "unknown metric 'logits'. Available: accuracy, kl_div"),
         ({"metric": 3}, MetricError, "a metric is a name or a function on logits, got 3"),
-        ({"replacement": "noise"}, InterventionError, "unknown replacement 'noise'. Available: gaussian_noise"),
+        ({"replacement": "noise"}, InterventionError,
+         "unknown replacement 'noise'. Available: gaussian_noise"),
         ({"replacement": "resample", "pair_indices": [1]}, InterventionError, r"\(first: pair 1\)"),
-        ({"direction": "denoise"}, PatchingError, "unknown direction 'denoise'. Available: denoising, noising"),
+        ({"direction": "denoise"}, PatchingError,
+         "unknown direction 'denoise'. Available: denoising, noising"),
         ({"engine": "fast"}, PatchingError, "unknown engine 'fast'. Available: auto, "),
         ({"method": "attribution-patching"}, PatchingError, "unknown method .*Available: .*exact"),
         ({"max_rows": 0}, PatchingError, "max_rows=0 has no room for one pair"),
         ({"seed": -1}, PatchingError, "seed=-1"),
         ({"window": 4}, SiteError, "window=4 is larger than the 3 layers"),
-        ({"pair_indices": [0, 3, -1]}, PairError, r"pair_indices \[3, -1\] do not exist: .* has pairs 0\.\.2"),
+        ({"pair_indices": [0, 3, -1]}, PairError,
+         r"pair_indices \[3, -1\] do not exist: .* has pairs 0\.\.2"),
         ({"pair_indices": []}, PairError, r"pair_indices \[\] do not exist"),
     ],
 )  # fmt: skip
@@ -164,7 +172,10 @@ def test_every_error_is_a_patching_error():
     tree = {ModelError, SiteError, PairError, TaskError, MetricError, InterventionError, MissingPackage}
     assert set(PatchingError.__subclasses__()) >= tree
     public = {v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, Exception)}
-    assert {v for v in public if not issubclass(v, Warning)} <= {PatchingError, *PatchingError.__subclasses__()}
+    assert {v for v in public if not issubclass(v, Warning)} <= {
+        PatchingError,
+        *PatchingError.__subclasses__(),
+    }
 
 
 def test_unknown_lists_what_exists_in_order():

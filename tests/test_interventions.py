@@ -71,7 +71,9 @@ def test_gaussian_noise_has_three_standard_deviations():
     noise = GaussianNoise(0).values("h", activations, [0, 1, 2, 3], [[0, 1, 2, 3]])
     assert_close(noise.std(), 3 * activations.std(), rtol=0.03, atol=0)
     assert abs(noise.mean()) < 0.3
-    assert_close(GaussianNoise(0).write(torch.ones(2), torch.tensor([3.0, 4.0]), SITE), torch.tensor([4.0, 5.0]))
+    assert_close(
+        GaussianNoise(0).write(torch.ones(2), torch.tensor([3.0, 4.0]), SITE), torch.tensor([4.0, 5.0])
+    )
 
 
 def test_gaussian_noise_of_a_pair_is_its_own():
@@ -87,7 +89,9 @@ def test_gaussian_noise_of_a_pair_is_its_own():
 def test_names():
     assert REPLACEMENTS.keys() == {"paired", "zero", "mean", "resample", "gaussian_noise"}
     assert all(replacement_of(name, 0).name == name for name in REPLACEMENTS)
-    with pytest.raises(InterventionError, match="unknown replacement 'noise'. Available: gaussian_noise, mean"):
+    with pytest.raises(
+        InterventionError, match="unknown replacement 'noise'. Available: gaussian_noise, mean"
+    ):
         replacement_of("noise", 0)
 
 
@@ -125,7 +129,7 @@ def dataset_of(model, templates=("a", "b", "a", "a")):
     pairs = random_pairs(len(templates), LENGTH)
     named = [
         type(p)(p.clean, p.corrupted, p.correct, p.incorrect, p.roles, template)
-        for p, template in zip(pairs, templates)
+        for p, template in zip(pairs, templates, strict=True)
     ]
     return PromptPairDataset(model, named)
 

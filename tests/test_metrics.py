@@ -42,7 +42,7 @@ def scorer_of(name):
 
 
 def by_hand(name, pairs, logits=LOGITS):
-    rows = zip(logits.numpy(), pairs)
+    rows = zip(logits.numpy(), pairs, strict=True)
     return torch.tensor(
         [FORMULAS[name](x, ANSWERS[pair], CLEAN[pair].numpy()) for x, pair in rows], dtype=torch.float64
     )
@@ -101,7 +101,9 @@ def test_kl_outside_a_sweep_says_where_it_works():
 
 
 def test_an_unknown_metric_lists_what_exists():
-    with pytest.raises(MetricError, match="unknown metric 'ld'. Available: accuracy, kl_div, log_prob, logit"):
+    with pytest.raises(
+        MetricError, match="unknown metric 'ld'. Available: accuracy, kl_div, log_prob, logit"
+    ):
         named("ld")
 
 

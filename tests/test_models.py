@@ -24,7 +24,9 @@ from patching.models import face_of
 from patching.sites import ACTIVATIONS
 
 TOKENS = token_prompts(2, 6)[0][0]
-needs_hooked = pytest.mark.skipif(HookedTransformer is None, reason="no HookedTransformer in this TransformerLens")
+needs_hooked = pytest.mark.skipif(
+    HookedTransformer is None, reason="no HookedTransformer in this TransformerLens"
+)
 
 
 @pytest.fixture
@@ -199,7 +201,9 @@ def test_what_the_model_does_not_read_cannot_be_patched(kind, activation):
 
 
 def test_a_hook_point_that_a_switch_of_the_config_turns_on(face):
-    says = r"blocks\.0\.hook_q_input never fired|cannot be patched at blocks\.0\.hook_q_input: .*use_split_qkv"
+    says = (
+        r"blocks\.0\.hook_q_input never fired|cannot be patched at blocks\.0\.hook_q_input: .*use_split_qkv"
+    )
     with face.at_rest(), pytest.raises(SiteError, match=says):
         face.check_writable(["blocks.0.hook_q_input"], TOKENS)
 
@@ -246,8 +250,9 @@ def test_at_rest_leaves_no_trace(model, face, training, fails):
 def test_result_where_the_model_cannot_compute_it():
     model = native(word_tokenizer()).train()
     before = state_of(model)
-    with pytest.raises(ModelError, match="cannot compute 'result'"), face_of(model).at_rest(
-        ["blocks.0.attn.hook_result"]
+    with (
+        pytest.raises(ModelError, match="cannot compute 'result'"),
+        face_of(model).at_rest(["blocks.0.attn.hook_result"]),
     ):
         raise AssertionError("must not get here")
     assert_same(before, state_of(model))

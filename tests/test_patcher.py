@@ -52,7 +52,9 @@ def test_cache_activations(patcher, model):
     assert cache.input_tokens.tolist() == [[0, 5, 6, 7, 8]]
     plain = PlainTransformer(model)
     np.testing.assert_allclose(cache.logits[0], plain(cache.input_tokens[0]), atol=1e-5)
-    np.testing.assert_allclose(cache["blocks.1.attn.hook_z"][0], plain.seen["blocks.1.attn.hook_z"], atol=1e-5)
+    np.testing.assert_allclose(
+        cache["blocks.1.attn.hook_z"][0], plain.seen["blocks.1.attn.hook_z"], atol=1e-5
+    )
     assert {"hook_embed", "blocks.0.hook_resid_pre", "blocks.2.hook_mlp_out"} <= set(cache.keys())
     assert cache.cache["hook_embed"] is cache["hook_embed"]
 
@@ -94,11 +96,13 @@ def test_patch_activation_at_a_destination_of_attention():
 @pytest.mark.parametrize(
     ("prompt", "hook_point", "position", "message"),
     [
-        (CORRUPTED, "blocks.9.hook_resid_pre", None, r"unknown hook point .*Available: .*blocks\.0\.hook_resid"),
+        (CORRUPTED, "blocks.9.hook_resid_pre", None,
+         r"unknown hook point .*Available: .*blocks\.0\.hook_resid"),
         (CORRUPTED, "z", None, "unknown hook point 'z'"),
         (CORRUPTED, "blocks.0.hook_resid_pre", 5, "position 5 is outside the prompt, which has 5 tokens"),
         (CORRUPTED, "blocks.0.hook_resid_pre", -6, "position -6 is outside"),
-        ("w1 w2", "blocks.0.hook_resid_pre", None, r"cache is of 5 tokens, .* has 3(.|\n)*clean: +\['<bos>', 'w1'"),
+        ("w1 w2", "blocks.0.hook_resid_pre", None,
+         r"cache is of 5 tokens, .* has 3(.|\n)*clean: +\['<bos>', 'w1'"),
         ("w1 w2", "blocks.0.hook_resid_pre", 1, r"corrupted: \['<bos>', 'w1', 'w2'\]"),
     ],
 )  # fmt: skip
@@ -132,7 +136,7 @@ def test_run_patching_experiment(model, patcher, position):
     assert list(results) == names
     for name in names:
         assert len(results[name]) == 2
-        for record, index in zip(results[name], (2, 0)):
+        for record, index in zip(results[name], (2, 0), strict=True):
             pair = dataset.pairs[index]
             clean = patcher.cache_activations(pair.clean)
             patched = patcher.patch_activation(pair.corrupted, clean, name, position)
@@ -324,7 +328,9 @@ def test_a_named_metric_scores_patched_logits(any_model, metric, direction):
     from test_metrics import FORMULAS
 
     dataset, patcher = random_dataset(any_model, 2, LENGTH), ActivationPatcher(any_model)
-    result = sweep(any_model, dataset, "resid_pre", ("layer",), positions=[2, 3], metric=metric, direction=direction)
+    result = sweep(
+        any_model, dataset, "resid_pre", ("layer",), positions=[2, 3], metric=metric, direction=direction
+    )
     assert result.metric == metric
     for n, pair in enumerate(dataset.pairs):
         clean, corrupted = (patcher.cache_activations(p) for p in (pair.clean, pair.corrupted))
@@ -514,6 +520,7 @@ def test_a_sweep_leaves_no_trace(model, options, error, engine):
             part.training = mode
 
 
+@pytest.mark.filterwarnings("ignore:patched runs are whole forward passes")
 @pytest.mark.parametrize("engine", ["auto", "reference"])
 def test_the_users_own_hooks_take_part(model, engine):
     """A knocked-out head stays knocked out in every run of a sweep."""
@@ -579,7 +586,9 @@ def test_progress_can_be_silenced(any_model, capsys, progress):
 
 def test_provenance_says_how_the_numbers_came_about(any_model):
     dataset = random_dataset(any_model, 3, LENGTH)
-    result = sweep(any_model, dataset, "z", direction="noising", replacement="zero", pair_indices=[2, 0], seed=5)
+    result = sweep(
+        any_model, dataset, "z", direction="noising", replacement="zero", pair_indices=[2, 0], seed=5
+    )
     expected = {
         "model_class": type(any_model).__name__,
         "dtype": "torch.float32",
