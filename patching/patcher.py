@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from patching.dataset import PatchingDataset
 from patching.engine import Outcome, Request, exact, reference
+from patching.engine.cost import SweepPlan, plan
 from patching.engine.verify import verify
 from patching.errors import InterventionError, PatchingError, PatchingWarning, SiteError, unknown
 from patching.interventions import Replacement, replacement_of
@@ -34,6 +36,11 @@ from patching.sites import Choice, Site, activation_of, grid
 
 DIRECTIONS = ("denoising", "noising")
 ENGINES = ("auto", "reference")
+_OF_A_REQUEST = (
+    "dataset", "activation", "over", "direction", "replacement", "metric", "layers", "positions", "heads",
+    "window", "pair_indices", "method", "engine", "max_rows", "store", "seed",
+)  # fmt: skip
+"""The arguments of a sweep that say what is run; the others say how it is shown."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +203,42 @@ class ActivationPatcher:
         Raises:
             PatchingError: before the first forward pass, with every problem found.
         """
+        request = self._asked(
+            dataset, activation, over, direction=direction, replacement=replacement, metric=metric,
+            layers=layers, positions=positions, heads=heads, window=window, pair_indices=pair_indices,
+            method=method, engine=engine, max_rows=max_rows, store=store, seed=seed,
+        )  # fmt: skip
+        started = time.perf_counter()
+        outcome, facts = self._run(request, engine, seed, progress)
+        result = self._collect(dataset, request, outcome, activation, direction)
+        result.provenance.update(facts, seed=seed, seconds=round(time.perf_counter() - started, 3))
+        warn_of_vanishing(result.effect()[_exists(result)], "sweep")
+        return result
+
+    def plan(
+        self,
+        dataset: PatchingDataset,
+        activation: str | Sequence[str] | Sequence[Site] = "z",
+        over: Sequence[str] = ("layer", "head"),
+        **options: Any,
+    ) -> SweepPlan:
+        """What :meth:`sweep` with the same arguments will cost; runs one timing forward and no patch."""
+        asked = signature(self.sweep).bind(dataset, activation, over, **options)
+        asked.apply_defaults()
+        request = self._asked(**{name: asked.arguments[name] for name in _OF_A_REQUEST})
+        with self._face.at_rest(request.grid.hook_points()):
+            return plan(request)
+
+    def _asked(
+        self, dataset: PatchingDataset, activation: Any, over: Sequence[str], *, direction: Direction,
+        replacement: Any, metric: Any, layers: Any, positions: Any, heads: Any, window: int,
+        pair_indices: Any, method: str, engine: str, max_rows: int | None, store: None, seed: int,
+    ) -> Request:  # fmt: skip
+        """The request that a sweep's arguments make, every one of them checked."""
         _check_choices(
             direction=direction, method=method, engine=engine, store=store, max_rows=max_rows, seed=seed
         )
-        request = self._request(
+        return self._request(
             dataset,
             activation,
             over,
@@ -210,12 +249,6 @@ class ActivationPatcher:
             pair_indices=pair_indices,
             max_rows=max_rows,
         )
-        started = time.perf_counter()
-        outcome, facts = self._run(request, engine, seed, progress)
-        result = self._collect(dataset, request, outcome, activation, direction)
-        result.provenance.update(facts, seed=seed, seconds=round(time.perf_counter() - started, 3))
-        warn_of_vanishing(result.effect()[_exists(result)], "sweep")
-        return result
 
     def _request(
         self,

@@ -67,7 +67,7 @@ def _run_batch(
     request: Request, group: Group, shared: dict[str, Tensor], outcome: Outcome, tally: Tally,
     step: Step, refusal: str | None,
 ) -> None:  # fmt: skip
-    also = () if refusal else _ends(request.model)
+    also = () if refusal else ends(request.model)
     runs, batch = unpatched(request, group.rows, shared, also), list(group.rows)
     outcome.clean[batch], outcome.corrupted[batch] = runs.clean, runs.corrupted
     base_scores = runs.corrupted if request.denoising else runs.clean
@@ -103,9 +103,9 @@ def _waves(
 ) -> Iterator[tuple[Wave, Tensor]]:
     """Each wave with the metric of its rows ``[cell, pair]``."""
     resumable = [p for p in patches if base is not None and _inside_blocks(p)]
-    limit = request.max_rows or _rows_in_memory(request, group)
+    limit = request.max_rows or rows_in_memory(request, group)
     end_only = request.scorer.reads != "all"
-    blocks = _blocks(request)
+    blocks = blocks_of(request.model)
     ordered = resume.order(request.replacement, blocks, resumable)
 
     def resumed(wave: Wave) -> Tensor:
@@ -156,9 +156,11 @@ def _inside_blocks(patch: Patch) -> bool:
     return all(site.activation.name in ACTIVATIONS for site, _ in patch.sites)
 
 
-def _blocks(request: Request) -> resume.Blocks:
+def blocks_of(model: LanguageModel) -> resume.Blocks:
+    """The equations of a model's blocks, where they are known."""
+
     def block(layer: int) -> Block:
-        equations = request.model.block(layer)
+        equations = model.block(layer)
         assert equations is not None
         return equations
 
@@ -174,7 +176,7 @@ def why_not(model: LanguageModel) -> str | None:
     return None
 
 
-def _ends(model: LanguageModel) -> tuple[str, str]:
+def ends(model: LanguageModel) -> tuple[str, str]:
     """Hook points of the residual stream before the first block and after the last."""
     first, last = ACTIVATIONS["resid_pre"], ACTIVATIONS["resid_post"]
     return first.hook_point(0), last.hook_point(model.n_layers - 1)
@@ -183,8 +185,8 @@ def _ends(model: LanguageModel) -> tuple[str, str]:
 def _base(request: Request, runs: Unpatched) -> tuple[resume.Base | None, str | None]:
     """The base runs through the model's equations, or how these miss what the model does."""
     model = request.model
-    first, last = (runs.live[name] for name in _ends(model))
-    resid_pre, resid_mid = resume.residuals(_blocks(request), model.n_layers, first)
+    first, last = (runs.live[name] for name in ends(model))
+    resid_pre, resid_mid = resume.residuals(blocks_of(request.model), model.n_layers, first)
     found = resid_pre[-1], model.read_out(resid_pre[-1][:, -1])
     for got, expected in zip(found, (last, runs.base_logits[:, -1]), strict=True):
         difference, size = float((got - expected).abs().max()), float(expected.abs().max())
@@ -196,7 +198,7 @@ def _base(request: Request, runs: Unpatched) -> tuple[resume.Base | None, str | 
     return resume.Base(resid_pre, resid_mid, runs.live, runs.values), None
 
 
-def _rows_in_memory(request: Request, group: Group) -> int:
+def rows_in_memory(request: Request, group: Group) -> int:
     """Rows whose activations fit in :data:`WAVE_BYTES`."""
     model, positions = request.model, group.length - min(group.first, group.length - 1)
     d_model, d_mlp = int(model.cfg.d_model), model.shape.d_mlp or 0
