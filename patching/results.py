@@ -7,7 +7,7 @@ against the answer below 0. Denoising effects show sufficiency, noising effects 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -201,7 +201,7 @@ class SweepResult:
         shown = zip(names, top["effect"], bars, strict=True)
         return "\n".join(lines + [f"  {name:<{width}}  {effect:+.3f}  {bar}" for name, effect, bar in shown])
 
-    def _name(self, point: Mapping[str, Any]) -> str:
+    def _name(self, point: Mapping[Hashable, Any]) -> str:
         """A short name of a cell: ``L9H6``, ``L5 pos 10 ' John'``, ``L5 pos 10 S2``, ``L7 S2``."""
         layer, head = point.get("layer"), point.get("head")
         parts = [str(point[a]) for a in ("activation", "site") if a in point]

@@ -231,5 +231,6 @@ def _at(changed: np.ndarray, site: Site, positions: Sequence[int]) -> np.ndarray
         part = part if site.src_pos is None else part[..., [site.src_pos]]
     else:
         part = changed[:, at]
-        part = part if inner(site) is None else part[:, :, [inner(site)]]
+        which = inner(site)
+        part = part if which is None else part[:, :, [which]]
     return part.reshape(len(part), -1)

@@ -144,8 +144,9 @@ class Attention:
         rest = x.shape[-2] - queries
         k_in = x if self.to_qk is None else x + self.to_qk[first : first + x.shape[-2]]
         biases = [None if b is None else b.flatten() for b in (self.b_Q, self.b_K, self.b_V)]
-        if rest == 0 and self.to_qk is None and None not in biases:
-            q, k, v = _joint(x, self.W_QKV, biases)
+        given = [bias for bias in biases if bias is not None]
+        if rest == 0 and self.to_qk is None and len(given) == 3:
+            q, k, v = _joint(x, self.W_QKV, given)
         else:
             inputs = (k_in[..., rest:, :], k_in, x)
             q, k, v = (affine(*of) for of in zip(inputs, self.W_QKV, biases, strict=True))

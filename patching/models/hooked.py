@@ -106,7 +106,7 @@ class HookedModel(LanguageModel):
 def _norm(module: Any) -> Function:
     """The norm as one fused kernel where torch has it; otherwise the module itself."""
     kind = type(module).__name__
-    eps = getattr(module, "eps", None)
+    eps = float(getattr(module, "eps", 0.0))
     if kind in ("LayerNorm", "LayerNormPre"):
         weight, bias = getattr(module, "w", None), getattr(module, "b", None)
         return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
