@@ -295,7 +295,10 @@ class ActivationPatcher:
                 return reference.run(request, step), {"engine": "reference"}
             outcome, tally = exact.run(request, step)
             check = verify(request, outcome, seed)
-            if not check.agrees:
+            if check.agrees:
+                for reason in dict.fromkeys(tally.reasons):
+                    _warn(f"patched runs are whole forward passes, not resumed ones: {reason}.")
+            else:
                 _warn(
                     f"{len(check.cells)} sampled values of this sweep lie up to {check.difference:.2g} from "
                     f"the reference engine's ({check.allowed:.2g} allowed): it is run again by whole "
@@ -303,8 +306,6 @@ class ActivationPatcher:
                 )
                 outcome, tally = exact.run(request, resuming=False)
                 check = verify(request, outcome, seed)
-        for reason in dict.fromkeys(tally.reasons):
-            _warn(f"patched runs are whole forward passes, not resumed ones: {reason}.")
         return outcome, {"engine": "exact", **tally.facts(), **check.facts()}
 
     def _check_writable(self, names: Sequence[str], tokens: Int[Tensor, " pos"]) -> None:
