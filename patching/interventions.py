@@ -37,7 +37,10 @@ class Replacement(ABC):
         return []
 
     def values(
-        self, hook_point: str, activations: Float[Tensor, "pair ..."], pairs: Sequence[int],
+        self,
+        hook_point: str,
+        activations: Float[Tensor, "pair ..."],
+        pairs: Sequence[int],
         clusters: Clusters,
     ) -> Float[Tensor, "pair ..."]:
         """Values of the activations' shape, one row per pair; ``clusters`` index these rows."""
@@ -80,7 +83,10 @@ class Mean(Replacement):
     across_pairs = True
 
     def values(
-        self, hook_point: str, activations: Float[Tensor, "pair ..."], pairs: Sequence[int],
+        self,
+        hook_point: str,
+        activations: Float[Tensor, "pair ..."],
+        pairs: Sequence[int],
         clusters: Clusters,
     ) -> Float[Tensor, "pair ..."]:
         means = torch.empty_like(activations)
@@ -113,7 +119,10 @@ class Resample(Replacement):
         ]
 
     def values(
-        self, hook_point: str, activations: Float[Tensor, "pair ..."], pairs: Sequence[int],
+        self,
+        hook_point: str,
+        activations: Float[Tensor, "pair ..."],
+        pairs: Sequence[int],
         clusters: Clusters,
     ) -> Float[Tensor, "pair ..."]:
         source = np.arange(len(pairs))
@@ -131,9 +140,10 @@ class Resample(Replacement):
 class GaussianNoise(Replacement):
     """What the run holds plus Gaussian noise of three standard deviations of the activation.
 
-    The standard deviation is that of all entries of the base run's activation at the hook point
-    (Meng et al. 2022 use 3σ of the subject's embeddings). The noise of a pair depends on the seed,
-    the hook point and the pair alone, not on how a sweep is batched.
+    The standard deviation is that of all entries of the base runs' activations at the hook point,
+    over the swept pairs of the same length (Meng et al. 2022 use 3σ of the subject's embeddings).
+    The draw of a pair depends on the seed, the hook point and the pair alone, and how a sweep is
+    batched changes nothing.
     """
 
     seed: int
@@ -143,7 +153,10 @@ class GaussianNoise(Replacement):
     across_pairs = True
 
     def values(
-        self, hook_point: str, activations: Float[Tensor, "pair ..."], pairs: Sequence[int],
+        self,
+        hook_point: str,
+        activations: Float[Tensor, "pair ..."],
+        pairs: Sequence[int],
         clusters: Clusters,
     ) -> Float[Tensor, "pair ..."]:
         noise = torch.empty_like(activations, device="cpu")
@@ -194,9 +207,7 @@ REPLACEMENTS: dict[str, Callable[[int], Replacement]] = {
 """The built-in replacements by name, made with the sweep's seed."""
 
 
-def replacement_of(
-    replacement: str | Callable[[Tensor, Site], Tensor], seed: int
-) -> Replacement:
+def replacement_of(replacement: str | Callable[[Tensor, Site], Tensor], seed: int) -> Replacement:
     """The replacement a user asked for; :class:`InterventionError` for an unknown name."""
     if isinstance(replacement, Replacement):
         return replacement

@@ -141,7 +141,8 @@ def kl_div(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tens
             "kl_div compares a run with the clean run of its pair, which is known in a sweep only: "
             "use patcher.sweep(dataset, ..., metric='kl_div')."
         )
-    return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
+    terms = reference.exp() * (reference - logits.log_softmax(-1))
+    return terms.masked_fill(reference.isneginf(), 0.0).sum(-1)  # 0 log 0 is 0
 
 
 def accuracy(logits: Float[Tensor, "batch d_vocab"], answers: AnswerBatch) -> Tensor:

@@ -131,9 +131,16 @@ class SweepResult:
         patched = self.patched.reshape(len(self.cells), -1)
         labels = self._labels()
         rows = [
-            {**labels[c], **self._place(cell, pair), "pair": pair.index,
-             "metric": self.metric, "clean": self.clean[p], "corrupted": self.corrupted[p],
-             "patched": patched[c, p], "effect": effects[c, p]}
+            {
+                **labels[c],
+                **self._place(cell, pair),
+                "pair": pair.index,
+                "metric": self.metric,
+                "clean": self.clean[p],
+                "corrupted": self.corrupted[p],
+                "patched": patched[c, p],
+                "effect": effects[c, p],
+            }
             for c, cell in enumerate(self.cells)
             for p, pair in enumerate(self.pairs)
         ]
@@ -147,11 +154,16 @@ class SweepResult:
                 "direction": self.direction,
                 "activation": _joined(site.activation.name for site in cell) or None,
                 "hook_point": _joined(site.hook_point for site in cell) or None,
-                "layer": _only(site.layer for site in cell),
+                "layer": self._layer(cell),
                 **{a: _only(getattr(site, a) for site in cell) for a in ("head", "neuron", "src_pos")},
             }
             for cell in self.cells
         ]
+
+    def _layer(self, cell: Cell) -> int | None:
+        """The layer of a cell, the first one of a window; None where all layers are patched."""
+        layers = {site.layer for site in cell if site.layer is not None}
+        return min(layers) if len(layers) == 1 or (layers and "layer" in self.axes) else None
 
     def _place(self, cell: Cell, pair: PairInfo) -> dict[str, Any]:
         """Role, position and token of a cell in one pair."""
@@ -216,7 +228,8 @@ class SweepResult:
 
     def token(self, pos: int) -> str | None:
         """The clean token at a position, where it is the same in every pair."""
-        tokens = {p.clean_tokens[pos] for p in self.pairs if -len(p.clean_tokens) <= pos < len(p.clean_tokens)}
+        sides = [pair.clean_tokens for pair in self.pairs]
+        tokens = {side[pos] for side in sides if -len(side) <= pos < len(side)}
         return tokens.pop() if len(tokens) == 1 else None
 
     def role(self, pos: int) -> str | None:
@@ -268,9 +281,7 @@ def mean_effect(results: Sequence[PatchingResult]) -> float:
 def summarize_results(results: Mapping[str, Sequence[PatchingResult]], top_k: int = 10) -> None:
     """Print the ``top_k`` hook points with the largest absolute mean effect."""
     means = {name: mean_effect(records) for name, records in results.items()}
-    ranked = sorted(
-        (item for item in means.items() if not np.isnan(item[1])), key=lambda item: -abs(item[1])
-    )
+    ranked = sorted((item for item in means.items() if not np.isnan(item[1])), key=lambda item: -abs(item[1]))
     width = max((len(name) for name in means), default=0)
     print(f"Strongest {min(top_k, len(ranked))} of {len(means)} hook points by mean patching effect")
     print("(1 = the whole clean-corrupted gap, 0 = none of it; not bounded to 0..1)")
@@ -281,9 +292,7 @@ def summarize_results(results: Mapping[str, Sequence[PatchingResult]], top_k: in
         print(f"without a defined effect (clean and corrupted score the same): {', '.join(undefined)}")
 
 
-def create_patching_heatmap(
-    results: Mapping[str, Sequence[PatchingResult]], model: Any
-) -> Tensor:
+def create_patching_heatmap(results: Mapping[str, Sequence[PatchingResult]], model: Any) -> Tensor:
     """Mean effects ``[n_layers, 2]`` of ``attn_out`` and ``mlp_out``; NaN where not patched."""
     heatmap = torch.full((int(model.cfg.n_layers), 2), float("nan"))
     for layer in range(len(heatmap)):

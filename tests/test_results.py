@@ -231,3 +231,11 @@ def test_summarize_results_prints_the_strongest_first(capsys):
 def test_summarize_results_of_nothing(capsys):
     summarize_results({})
     assert "Strongest 0 of 0" in capsys.readouterr().out
+
+
+def test_a_window_stands_under_its_first_layer(any_model):
+    dataset = random_dataset(any_model, 2)
+    sweep = ActivationPatcher(any_model).sweep(dataset, "z", ("layer",), window=2, progress=False)
+    frame = sweep.to_frame()
+    assert frame["layer"].tolist() == [0, 0, 1, 1]
+    assert frame["hook_point"][0] == "blocks.0.attn.hook_z+blocks.1.attn.hook_z"

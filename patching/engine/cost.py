@@ -40,7 +40,8 @@ class SweepPlan:
             f"{self.sites:,} sites × {self.pairs:,} pairs = {self.runs:,} patched runs, "
             f"{self.zeros:,} of them exactly zero by position",
             f"{self.forwards:,} forward passes, {self.token_layers:,} token·layers",
-            f"  one whole forward pass per run: {self.naive_token_layers:,} token·layers, {share:.1f} × as many",
+            f"  one whole forward pass per run: {self.naive_token_layers:,} token·layers, "
+            f"{share:.1f} × as many",
             f"about {_duration(self.seconds)}, {self.peak_bytes / 2**20:,.0f} MiB of activations",
         ]
         if self.whole_because:

@@ -47,7 +47,7 @@ def check_layout(site: Site, activation: Tensor, batch: int, length: int) -> Non
     sizes = {"pos": length, "dest_pos": length, "src_pos": length}
     expected = (batch, *(sizes.get(axis) for axis in axes))
     got = tuple(activation.shape)
-    if len(got) < len(expected) or any(e not in (None, g) for e, g in zip(expected, got)):
+    if len(got) < len(expected) or any(e not in (None, g) for e, g in zip(expected, got, strict=False)):
         raise SiteError(
             f"{site.hook_point} holds a tensor of shape {got}, expected axes (batch, "
             f"{', '.join(axes)}) with batch {batch} and pos {length}: it cannot be patched by row."

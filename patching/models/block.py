@@ -132,7 +132,7 @@ class Attention:
         return self.W_Q.shape[2]
 
     @cached_property
-    def W_QKV(self) -> tuple[Tensor, ...]:
+    def W_QKV(self) -> tuple[Tensor, ...]:  # noqa: N802 - TransformerLens' name for such matrices
         """Query, key and value matrices ``[d_model, heads * d_head]``, as parts of one matrix."""
         wide = [W.transpose(0, 1).flatten(1) for W in (self.W_Q, self.W_K, self.W_V)]
         return torch.cat(wide, dim=1).split([W.shape[1] for W in wide], dim=1)
@@ -303,7 +303,8 @@ class Block:
 
     def mlp_out(self, resid: Tensor, edit: Edit, first: int) -> Tensor:
         """What the MLP adds to the residual stream that it reads ``resid`` from."""
-        assert self.mlp is not None and self.norm2 is not None
+        assert self.mlp is not None
+        assert self.norm2 is not None
         return self._out("mlp_out", self.mlp(self.norm2(resid), edit, first), self.after_mlp, edit, first)
 
     def _out(self, name: str, out: Tensor, norm: Function | None, edit: Edit, first: int) -> Tensor:

@@ -151,7 +151,7 @@ def _window(inner: Any) -> int | None:
 
 
 def _by_transformers(attn: Any) -> bool:
-    """Whether the Bridge follows transformers' attention, with its softmax in float32 whatever the model's dtype."""
+    """Whether the Bridge follows transformers' attention, whose softmax is float32 in any model."""
     return any(kind.__name__ == "PositionEmbeddingsAttentionBridge" for kind in type(attn).__mro__)
 
 
