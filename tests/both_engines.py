@@ -13,7 +13,8 @@ from patching.interventions import replacement_of
 from patching.sites import Choice
 
 AT_POSITIONS = (
-    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "result", "pre", "post",
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "result", "pre",
+    "post",
 )  # fmt: skip
 BETWEEN_POSITIONS = ("pattern", "attn_scores")
 

@@ -50,13 +50,13 @@ def hooked(tokenizer: Any = None, **changes: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = HookedTransformer(HookedTransformerConfig(**sizes), tokenizer=tokenizer)
-    return _livelier(model)
+    return livelier(model)
 
 
 def native(tokenizer: Any = None, **changes: Any) -> Any:
     """A random TransformerBridge of TransformerLens' own architecture."""
     sizes = {**SIZES, "act_fn": "gelu_new", "normalization_type": "LN", "seed": 0, **changes}
-    return _livelier(TransformerBridge.boot_native(TransformerBridgeConfig(**sizes), tokenizer=tokenizer))
+    return livelier(TransformerBridge.boot_native(TransformerBridgeConfig(**sizes), tokenizer=tokenizer))
 
 
 def bridged(kind: str, tokenizer: Any = None) -> Any:
@@ -81,10 +81,10 @@ def bridged(kind: str, tokenizer: Any = None) -> Any:
     bridge = TransformerBridge.boot_transformers(
         kind, hf_model=model.eval(), tokenizer=tokenizer or word_tokenizer()
     )
-    return _livelier(bridge)
+    return livelier(bridge)
 
 
-def _livelier(model: Any) -> Any:
+def livelier(model: Any) -> Any:
     """Weights larger than initialisation makes them, so that effects are far from rounding, and no
     bias or normalisation weight left at the 0 or 1 it starts from."""
     generator = torch.Generator().manual_seed(1)

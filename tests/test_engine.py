@@ -10,9 +10,17 @@ import functools
 import numpy as np
 import pytest
 import torch
-from both_engines import AT_POSITIONS, BETWEEN_POSITIONS, assert_agree, compare, compare_resumed, request_of, run_both
+from both_engines import (
+    AT_POSITIONS,
+    BETWEEN_POSITIONS,
+    assert_agree,
+    compare,
+    compare_resumed,
+    request_of,
+    run_both,
+)
 from random_models import HookedTransformer, bridged, hooked, native, word_tokenizer
-from random_pairs import FourMembers, SquaredLogit, random_dataset, random_pairs, ragged_dataset
+from random_pairs import FourMembers, SquaredLogit, ragged_dataset, random_dataset, random_pairs
 
 from patching import ActivationPatcher, PromptPairDataset, Site
 from patching.engine import exact, resume
@@ -99,7 +107,9 @@ def test_every_activation_over_its_axes(model, activation, over, choice):
 def test_noising(model, activation):
     skip_unless_it_has(model, activation)
     axis = "dest_pos" if activation in BETWEEN_POSITIONS else "pos"
-    compare_resumed(model, pairs_of(model), activation, ("layer", axis), direction="noising", positions=[2, 5])
+    compare_resumed(
+        model, pairs_of(model), activation, ("layer", axis), direction="noising", positions=[2, 5]
+    )
 
 
 # Cells of several sites, and many kinds of them in one sweep
@@ -107,7 +117,9 @@ def test_noising(model, activation):
 
 def test_activations_of_every_kind_in_one_sweep(model):
     """Waves mix cells that step in behind attention, behind the MLP, and that run through the layer."""
-    tally = compare_resumed(model, pairs_of(model), at_positions(model), ("pos", "layer"), positions=[1, 3, 5])
+    tally = compare_resumed(
+        model, pairs_of(model), at_positions(model), ("pos", "layer"), positions=[1, 3, 5]
+    )
     assert tally.zero > 0
 
 
@@ -233,7 +245,9 @@ def test_replacements_see_the_whole_site(model, replacement):
     compare_resumed(model, pairs_of(model), at_positions(model), ("layer",), replacement=replacement)
 
 
-@pytest.mark.parametrize("replacement", ["zero", "mean", "resample", lambda a, site: (a.clamp(-5) + 1).flip(-1)])
+@pytest.mark.parametrize(
+    "replacement", ["zero", "mean", "resample", lambda a, site: (a.clamp(-5) + 1).flip(-1)]
+)
 @pytest.mark.parametrize("over", [("layer", "head"), ("layer", "dest_pos")])
 def test_replacements_between_positions(model, replacement, over):
     """Also those that open the causal mask."""
@@ -256,7 +270,17 @@ def mean_entropy(logits):
     return torch.distributions.Categorical(logits=logits).entropy().mean(-1)
 
 
-METRICS = ["logit_diff", "prob_diff", "prob", "log_prob", "kl_div", "accuracy", first_and_last, mean_entropy, None]
+METRICS = [
+    "logit_diff",
+    "prob_diff",
+    "prob",
+    "log_prob",
+    "kl_div",
+    "accuracy",
+    first_and_last,
+    mean_entropy,
+    None,
+]
 
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
@@ -269,17 +293,21 @@ def test_every_metric(model, metric, direction):
 
 
 def test_kl_div_over_uneven_pairs(any_model):
-    compare_resumed(any_model, uneven(any_model), "z", ("layer", "pos"), metric="kl_div", pair_indices=[3, 0, 4])
+    compare_resumed(
+        any_model, uneven(any_model), "z", ("layer", "pos"), metric="kl_div", pair_indices=[3, 0, 4]
+    )
 
 
 def test_answers_of_several_tokens(any_model):
     sets = [((5, 9), (7,)), ((11,), (4, 8, 6)), ((30, 31, 32), (33,))]
     pairs = [
         type(p)(p.clean, p.corrupted, correct, incorrect)
-        for p, (correct, incorrect) in zip(random_pairs(3, LENGTH), sets)
+        for p, (correct, incorrect) in zip(random_pairs(3, LENGTH), sets, strict=True)
     ]
     for metric in ("logit_diff", "prob_diff", "log_prob"):
-        compare_resumed(any_model, PromptPairDataset(any_model, pairs), "z", ("layer", "pos"), metric=metric, spread=1e-5)
+        compare_resumed(
+            any_model, PromptPairDataset(any_model, pairs), "z", ("layer", "pos"), metric=metric, spread=1e-5
+        )
 
 
 class EarlyLogit(FourMembers):
@@ -304,10 +332,14 @@ def test_max_rows_changes_nothing(replacement):
     model = {"hooked": hooked, "native": native}[ANY](word_tokenizer())
     activations, places = ["z", "resid_pre", "k"], [2, 4, -1]
     options = dict(replacement=replacement, positions=places)
-    whatever_fits, _, slow = run_both(request_of(model, uneven(model), activations, ("layer", "pos"), **options))
+    whatever_fits, _, slow = run_both(
+        request_of(model, uneven(model), activations, ("layer", "pos"), **options)
+    )
     assert_agree(whatever_fits, slow, 1e-4)
     for max_rows in (1, 2, 5):
-        request = request_of(model, uneven(model), activations, ("layer", "pos"), max_rows=max_rows, **options)
+        request = request_of(
+            model, uneven(model), activations, ("layer", "pos"), max_rows=max_rows, **options
+        )
         with request.model.at_rest():
             few, tally = exact.run(request)
         assert_agree(few, whatever_fits, 1e-5)
@@ -402,7 +434,9 @@ def test_equal_prompts_cost_nothing(any_model):
 
 
 def test_pairs_of_one_token(model):
-    pairs = [type(p)(p.clean[1:2], p.corrupted[1:2], p.correct, p.incorrect) for p in random_pairs(2, 3, first=1)]
+    pairs = [
+        type(p)(p.clean[1:2], p.corrupted[1:2], p.correct, p.incorrect) for p in random_pairs(2, 3, first=1)
+    ]
     compare_resumed(model, PromptPairDataset(model, pairs), ["resid_pre", "v", "z"], ("layer",))
 
 
