@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 import torch
 from random_models import SIZES
+from random_pairs import random_dataset
 
 from patching import (
+    ActivationPatcher,
     PatchingResult,
     Site,
     SweepResult,
