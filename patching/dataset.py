@@ -4,13 +4,19 @@ A dataset knows text, tokens and answers; it never runs hooks and never sees wei
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from patching.metrics import Answers, Metric
+
+if TYPE_CHECKING:
+    from patching.prompt import PromptPair
+    from patching.subset import Subset
+    from patching.validation_report import ValidationReport
 
 Prompt = str | Int[Tensor, " pos"]
 """A prompt is text, or the token ids themselves (for models without a tokenizer)."""
@@ -63,6 +69,65 @@ class PatchingDataset(ABC):
     def parameters(self) -> dict[str, Any]:
         """What this dataset was made with, for provenance."""
         return {}
+
+    def prompt_pairs(self) -> list["PromptPair"]:
+        """The pairs as data, with answers, roles and template; answers as text where they are known so."""
+        from patching.prompt import PromptPair, one_or_several  # builds on this module
+
+        return [
+            PromptPair(
+                clean,
+                corrupted,
+                one_or_several(correct),
+                one_or_several(incorrect),
+                dict(self.roles(i)),
+                self.template(i),
+            )
+            for i, (clean, corrupted) in enumerate(self.get_clean_corrupt_pairs())
+            for correct, incorrect in [self._answer_texts(i)]
+        ]
+
+    def _answer_texts(self, pair_idx: int) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+        """Correct and incorrect answers as text, or as token ids where no text is known."""
+        answers = self.answers(pair_idx)
+        return answers.correct, answers.incorrect
+
+    def where(self, keep: "Callable[[PromptPair], bool] | Sequence[bool]", reason: str = "where") -> "Subset":
+        """The pairs that a predicate (or a mask of True and False) keeps, as a new dataset.
+
+        The predicate gets a :class:`~patching.prompt.PromptPair`. ``removed`` of the new dataset
+        has the numbers of the others, under ``reason``.
+        """
+        from patching.subset import unwanted, without  # builds on this module
+
+        return without(self, {reason: unwanted(self, keep)})
+
+    def validate(self, model: Any, *, seed: int = 0) -> "ValidationReport":
+        """Whether the pairs are fit for patching on this model: tokens, answers, the model's preferences.
+
+        Runs both prompts of every pair once. The report prints as a table, ``to_frame()`` has one row
+        for each pair, and ``usable(report)`` keeps the pairs without a fault.
+        """
+        from patching.validation import validate  # it runs the model, which datasets never do
+
+        return validate(self, model, seed=seed)
+
+    def usable(self, report: "ValidationReport") -> "Subset":
+        """The pairs in which a report of this dataset found no fault; ``removed`` says why others went."""
+        from patching.subset import without
+
+        report.check_is_of(self)
+        return without(self, report.reasons)
+
+    def to_jsonl(self, path: str | Path) -> str:
+        """Write the pairs as JSON, one a line, and return the SHA-256 of the file.
+
+        ``PromptPairDataset.from_jsonl(model, path)`` reads the same pairs, answers, roles and templates.
+        The metric is not in the file: name it on reading.
+        """
+        from patching.table import write_jsonl
+
+        return write_jsonl(path, self.prompt_pairs())
 
     @staticmethod
     def load(name: str, model: Any, **parameters: Any) -> "PatchingDataset":

@@ -5,9 +5,9 @@ This is the last place that sees text. It runs no model.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
+from patching.checks import answer_problems, prompt_problems, repeats
 from patching.dataset import PatchingDataset, batched_metric
 from patching.engine.request import TokenPair
 from patching.errors import MetricError, PairError
@@ -39,7 +39,11 @@ def token_pairs(
             f"0..{len(prompts) - 1}."
         )
     pairs = [_token_pair(model, dataset, i, *prompts[i]) for i in chosen]
-    bad = [problem for pair in pairs for problem in _problems(model, pair)]
+    bad = [
+        f"pair {pair.index}: {problem.message}"
+        for pair in pairs
+        for problem in prompt_problems(model, pair.clean, pair.corrupted, pair.roles)
+    ]
     if bad:
         raise PairError("\n".join(bad))
     return pairs
@@ -57,29 +61,21 @@ def _token_pair(
     )
 
 
-def _problems(model: LanguageModel, pair: TokenPair) -> list[str]:
-    bad = []
-    n_ctx = int(model.cfg.n_ctx)
-    if len(pair.clean) != len(pair.corrupted):
-        bad.append(
-            f"pair {pair.index}: clean has {len(pair.clean)} tokens, corrupted "
-            f"{len(pair.corrupted)}; patching by position needs equal lengths.\n"
-            f"  clean:     {model.str_tokens(pair.clean)}\n"
-            f"  corrupted: {model.str_tokens(pair.corrupted)}"
-        )
-    if len(pair) > n_ctx:
-        bad.append(f"pair {pair.index}: {len(pair)} tokens, but the model's context is {n_ctx}.")
-    tokens = torch.cat([pair.clean, pair.corrupted])
-    d_vocab = int(model.cfg.d_vocab)
-    if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
-        bad.append(f"pair {pair.index}: token ids must lie in 0..{d_vocab - 1}, got {tokens.tolist()}.")
-    for role, positions in pair.roles.items():
-        if not positions or not all(0 <= p < len(pair) for p in positions):
-            bad.append(
-                f"pair {pair.index}: role {role!r} is at {positions}, outside the prompt's positions "
-                f"0..{len(pair) - 1}."
-            )
-    return bad
+def duplicates(pairs: Sequence[TokenPair]) -> str | None:
+    """One sentence where several of a dataset's pairs have the same prompts, else None."""
+    again = repeats([(pair.clean, pair.corrupted) for pair in pairs])
+    same = [
+        f"{pairs[earlier].index} and {pair.index}"
+        for pair, earlier in zip(pairs, again, strict=True)
+        if earlier is not None and pairs[earlier].index != pair.index
+    ]
+    if not same:
+        return None
+    return (
+        f"{len(same)} of {len(pairs)} pairs repeat the prompts of an earlier one (pairs {', '.join(same[:3])}"
+        f"{', ...' if len(same) > 3 else ''}): they count again in every mean, and make intervals look "
+        "narrower than they are. dataset.usable(dataset.validate(model)) leaves them out."
+    )
 
 
 def scorer_of(
@@ -108,24 +104,13 @@ def _answers(
 ) -> AnswerBatch:
     """The answers of all pairs up to the highest number chosen, checked for the metric."""
     by_pair = {pair.index: dataset.answers(pair.index) for pair in pairs}
-    bad = [p for i, answers in by_pair.items() for p in _answer_problems(metric, i, answers, model)]
+    bad = [
+        f"pair {i}: {problem.message}"
+        for i, answers in by_pair.items()
+        for problem in answer_problems(answers, model.d_vocab, metric)
+    ]
     if bad:
         raise PairError("\n".join(bad))
     unused = Answers((0,), (0,))
     rows = [by_pair.get(i, unused) for i in range(max(by_pair) + 1)]
     return AnswerBatch.of(rows, model.device)
-
-
-def _answer_problems(metric: Metric, pair: int, answers: Answers, model: LanguageModel) -> list[str]:
-    bad = []
-    both = set(answers.correct) & set(answers.incorrect)
-    if both:
-        bad.append(f"pair {pair}: the tokens {sorted(both)} are both correct and incorrect answers.")
-    if not answers.correct:
-        bad.append(f"pair {pair}: no correct answer.")
-    if metric.needs_incorrect and not answers.incorrect:
-        bad.append(f"pair {pair}: the metric {metric.name!r} needs an incorrect answer.")
-    outside = [t for t in (*answers.correct, *answers.incorrect) if not 0 <= t < model.d_vocab]
-    if outside:
-        bad.append(f"pair {pair}: answer tokens {outside} are outside 0..{model.d_vocab - 1}.")
-    return bad

@@ -23,7 +23,7 @@ from patching.engine.verify import verify
 from patching.errors import InterventionError, PatchingError, PatchingWarning, SiteError, unknown
 from patching.interventions import Replacement, replacement_of
 from patching.models import face_of
-from patching.pairs import scorer_of, token_pairs
+from patching.pairs import duplicates, scorer_of, token_pairs
 from patching.results import (
     Direction,
     PairInfo,
@@ -289,6 +289,8 @@ class ActivationPatcher:
         """The measured values and how they were made."""
         names = request.grid.hook_points()
         runs = sum(map(bool, request.grid.cells)) * len(request.pairs)
+        if repeated := duplicates(request.pairs):
+            _warn(repeated)
         with self._face.at_rest(names), _bar(runs, progress) as step:
             self._check_writable(names, request.pairs[0].clean)
             if engine == "reference":

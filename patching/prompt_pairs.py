@@ -1,35 +1,20 @@
-"""Bring your own prompts: a dataset from a list of pairs."""
+"""Bring your own prompts: a dataset from a list of pairs, a table or a file."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from patching import table
 from patching.dataset import PatchingDataset, Prompt, Roles, scored_by
 from patching.errors import PairError
 from patching.metrics import AnswerBatch, Answers, Metric, named
-
-Answer = str | int
-
-
-@dataclass(frozen=True)
-class PromptPair:
-    """A clean and a corrupted prompt, and what follows the clean one.
-
-    Answers are the text that follows the prompt, leading space included (``" Mary"``), or token
-    ids; a tuple of them where several count. ``roles`` names token positions, ``template`` the
-    group the pair belongs to.
-    """
-
-    clean: Prompt
-    corrupted: Prompt
-    correct: Answer | tuple[Answer, ...]
-    incorrect: Answer | tuple[Answer, ...] = ()
-    roles: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
-    template: str = ""
+from patching.prompt import PromptPair as PromptPair
+from patching.prompt import answers_of
+from patching.rows import read_pairs
 
 
 class PromptPairDataset(PatchingDataset):
@@ -46,30 +31,119 @@ class PromptPairDataset(PatchingDataset):
         self.pairs = list(pairs)
         self.metric: Metric = named(metric)
         self.name = name or type(self).name
-        bad: list[str] = []
-        self._answers = [self._answers_of(model, i, pair, bad) for i, pair in enumerate(self.pairs)]
+        self._source: Mapping[str, Any] = {}
+        found = [answers_of(model, pair) for pair in self.pairs]
+        bad = [f"pair {i}: {problem}" for i, (_, problems) in enumerate(found) for problem in problems]
         if bad:
             raise PairError("\n".join(bad))
+        self._answers = [answers for answers, _ in found]
 
-    def _answers_of(self, model: Any, i: int, pair: PromptPair, bad: list[str]) -> Answers:
-        def tokens(answers: Answer | tuple[Answer, ...], kind: str) -> tuple[int, ...]:
-            several = tuple(answers) if isinstance(answers, tuple | list) else (answers,)
-            if getattr(model, "tokenizer", None) is None and any(isinstance(a, str) for a in several):
-                bad.append(
-                    f"pair {i}: the {kind} answer {answers!r} is text, but this model has no tokenizer; "
-                    "give token ids."
-                )
-                return ()
-            found = [_answer_tokens(model, pair.clean, answer) for answer in several]
-            bad.extend(
-                f"pair {i}: the {kind} answer {answer!r} is {len(ids)} tokens {ids}, expected one. "
-                "Answers are the text that follows the prompt, usually with a leading space."
-                for answer, ids in zip(several, found, strict=True)
-                if len(ids) != 1
-            )
-            return tuple(ids[0] for ids in found if len(ids) == 1)
+    @classmethod
+    def from_frame(
+        cls,
+        model: Any,
+        source: pd.DataFrame,
+        columns: Mapping[str, str] | None = None,
+        *,
+        metric: str = "logit_diff",
+        name: str | None = None,
+        ignore: Sequence[str] = (),
+    ) -> "PromptPairDataset":
+        """Pairs from a DataFrame, one a row.
 
-        return Answers(tokens(pair.correct, "correct"), tokens(pair.incorrect, "incorrect"))
+        Columns ``clean``, ``corrupted``, ``correct`` and ``incorrect`` (left out where the metric needs
+        none); ``roles`` (name to position, or to a list of them) and ``template`` where you have them.
+        Prompts are text or lists of token ids; answers are text or a token id, or a list where several
+        count.
+
+        Args:
+            columns: Our names to yours where they differ, ``{"clean": "prompt"}``.
+            metric: Names the metric, ``logit_diff`` by default.
+            name: The dataset's name in results and figures.
+            ignore: Columns that are none of the above and are to be left out.
+
+        Raises:
+            PairError: with every bad row and column there is.
+        """
+        return cls._read(model, table.of_frame(source), columns, metric, name, ignore)
+
+    @classmethod
+    def from_csv(
+        cls,
+        model: Any,
+        source: str | Path,
+        columns: Mapping[str, str] | None = None,
+        *,
+        metric: str = "logit_diff",
+        name: str | None = None,
+        ignore: Sequence[str] = (),
+    ) -> "PromptPairDataset":
+        """Pairs from a CSV file in UTF-8 with a header; arguments as in :meth:`from_frame`.
+
+        Prompts and answers are text as it stands, leading spaces included. Several answers are a JSON
+        list, ``[" Mary", " Ann"]``, roles a JSON object, ``{"S": 3}``.
+        """
+        return cls._read(model, table.of_csv(source), columns, metric, name, ignore)
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        model: Any,
+        source: str | Path,
+        columns: Mapping[str, str] | None = None,
+        *,
+        metric: str = "logit_diff",
+        name: str | None = None,
+        ignore: Sequence[str] = (),
+    ) -> "PromptPairDataset":
+        """Pairs from a file of JSON objects, one a line; arguments as in :meth:`from_frame`."""
+        return cls._read(model, table.of_jsonl(source), columns, metric, name, ignore)
+
+    @classmethod
+    def from_parquet(
+        cls,
+        model: Any,
+        source: str | Path,
+        columns: Mapping[str, str] | None = None,
+        *,
+        metric: str = "logit_diff",
+        name: str | None = None,
+        ignore: Sequence[str] = (),
+    ) -> "PromptPairDataset":
+        """Pairs from a Parquet file; arguments as in :meth:`from_frame`. Roles are a map or a struct."""
+        return cls._read(model, table.of_parquet(source), columns, metric, name, ignore)
+
+    @classmethod
+    def from_hf(
+        cls,
+        model: Any,
+        source: Any,
+        columns: Mapping[str, str] | None = None,
+        *,
+        metric: str = "logit_diff",
+        name: str | None = None,
+        ignore: Sequence[str] = (),
+    ) -> "PromptPairDataset":
+        """Pairs from a Hugging Face ``datasets.Dataset``; arguments as in :meth:`from_frame`."""
+        return cls._read(model, table.of_hf(source), columns, metric, name, ignore)
+
+    @classmethod
+    def _read(
+        cls,
+        model: Any,
+        rows: table.Table,
+        columns: Mapping[str, str] | None,
+        metric: str,
+        name: str | None,
+        ignore: Sequence[str],
+    ) -> "PromptPairDataset":
+        pairs = read_pairs(model, rows, columns, named(metric), ignore)
+        dataset = cls(model, pairs, metric, name or rows.name)
+        dataset._source = rows.facts
+        return dataset
+
+    def prompt_pairs(self) -> list[PromptPair]:
+        return list(self.pairs)
 
     def get_clean_corrupt_pairs(self) -> list[tuple[Prompt, Prompt]]:
         return [(pair.clean, pair.corrupted) for pair in self.pairs]
@@ -89,25 +163,11 @@ class PromptPairDataset(PatchingDataset):
         return self._answers[pair_idx]
 
     def roles(self, pair_idx: int) -> Roles:
-        named_positions = self.pairs[pair_idx].roles
-        return {r: (at,) if isinstance(at, int) else tuple(at) for r, at in named_positions.items()}
+        return self.pairs[pair_idx].positions()
 
     def template(self, pair_idx: int) -> str:
         return self.pairs[pair_idx].template
 
     @property
     def parameters(self) -> dict[str, Any]:
-        return {"n_pairs": len(self.pairs), "metric": self.metric.name}
-
-
-def _answer_tokens(model: Any, prompt: Prompt, answer: Answer) -> list[int]:
-    """The tokens that ``answer`` adds after ``prompt``; alone where joining changes the prompt's own."""
-    if not isinstance(answer, str):
-        return [int(answer)]
-    alone = model.to_tokens(answer, prepend_bos=False)[0].tolist()
-    if not isinstance(prompt, str):
-        return alone
-    before, joined = model.to_tokens(prompt)[0], model.to_tokens(prompt + answer)[0]
-    if len(joined) > len(before) and torch.equal(joined[: len(before)], before):
-        return joined[len(before) :].tolist()
-    return alone
+        return {"n_pairs": len(self.pairs), "metric": self.metric.name, **self._source}

@@ -82,6 +82,9 @@ class TemplateDataset(PatchingDataset):
     def answers(self, pair_idx: int) -> Answers:
         return self._pairs[pair_idx].answers
 
+    def _answer_texts(self, pair_idx: int) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+        return self._pairs[pair_idx].answer_texts
+
     def roles(self, pair_idx: int) -> Roles:
         """Token positions of the task's roles in the clean prompt, and of END, the last token."""
         return self._pairs[pair_idx].roles

@@ -26,6 +26,8 @@ class FilledPair:
     fillers: Mapping[str, str]
     roles: Roles
     answers: Answers
+    answer_texts: tuple[tuple[str, ...], tuple[str, ...]]
+    """The same answers as the text that follows the prompt."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,9 @@ def _new_pair(
         if not merged:
             seen.add((text, other_text))
             fillers = {slot: row[task.words_of(slot).columns[0]] for slot, row in rows.items()}
+            roles = _roles(task, clean, spans)
             answers = _answers(source, template, rows, other_rows, words)
-            return FilledPair(template.name, clean, corrupted, fillers, _roles(task, clean, spans), answers)
+            return FilledPair(template.name, clean, corrupted, fillers, roles, *answers)
         known = source.removed.setdefault("combinations", [])
         known.extend(sorted(merged - set(known)))
     known = source.removed.get("combinations", [])
@@ -128,9 +131,12 @@ def _merged(task: Task, tokens: Tokens, spans: Spans) -> set[str]:
     return {tokens.text[:at].split(" ")[-1] + tokens.text[at:].split(" ")[0] for at in starts}
 
 
-def _answers(source: Source, template: Template, clean: Rows, corrupted: Rows, words: Words) -> Answers:
+def _answers(
+    source: Source, template: Template, clean: Rows, corrupted: Rows, words: Words
+) -> tuple[Answers, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The answers as tokens and as texts."""
     where = f"task {source.task.name!r}, template {template.name!r}"
-    sides = []
+    sides, written = [], []
     for rule in (template.correct, template.incorrect):
         answers = answer_words(source.task, rule, clean, corrupted, words)
         texts = [source.task.prefix + answer for answer in answers]
@@ -141,13 +147,14 @@ def _answers(source: Source, template: Template, clean: Rows, corrupted: Rows, w
         if not texts:
             raise TaskError(f"{where}: no word of the list {rule.words!r} answers the pair {clean}.")
         sides.append(tuple(token for token in ids.values() if token is not None))
+        written.append(tuple(ids))
     both = set(sides[0]) & set(sides[1])
     if both:
         raise TaskError(
             f"{where}: {source.model.tokenizer.decode(sorted(both))!r} is a correct and an incorrect "
             "answer at once; the rules under [answers] overlap."
         )
-    return Answers(*sides)
+    return Answers(*sides), (written[0], written[1])
 
 
 def _roles(task: Task, tokens: Tokens, spans: Spans) -> Roles:
