@@ -23,7 +23,7 @@ FLOORS = [
     {"models", "dataset", "tasks", "taskfile", "fill", "tokens", "tiny",
      "prompt", "checks", "prompt_pairs", "table", "rows", "subset", "validation_report"},
     {"engine", "pairs", "gradients", "edges", "circuits"},
-    {"results", "statistics", "store", "validation"},
+    {"results", "statistics", "store", "compiled", "validation"},
     {"patcher", "latent"},
     {"plot", "report", "experiment", "cli", "distributed"},
 ]  # fmt: skip
