@@ -42,6 +42,11 @@ def ioi() -> CompiledCircuit:
       -5/3, effect (5 + 5/3) / 5 = 4/3. L2H0 carries the answer itself: 1 and 1.
     * ``order_swap`` (+5, +5): the names of the first clause change places. The answer stays, so no
       effect is defined.
+
+    Queries, keys and values say how (numbers of ``s2_swap``): L0H0 asks
+    for its own token (``q`` at S2, 1), L1H0 brings what stands at S2 (``v``, 1), L2H0 asks for names
+    but the inhibited one (``q`` at the end, 1). L2H0's key at S2 is a name to be found or not: put back
+    alone, it draws half of the attention to a value that is still the other name's, 1/2.
     """
     space = Subspaces(
         {"TOK": len(VOCABULARY), "POS": END + 1, "DUP": 6, "INH": 6, "OUT": 6,
@@ -71,17 +76,58 @@ def ioi() -> CompiledCircuit:
         VOCABULARY,
         Weights(W_E, W_pos, layers, W_U),
         {
-            "s2_swap": Corruption(_pairs("s2_swap"), Fraction(5), Fraction(-5), _z(1, 1, 1), _z(1, 1, 1)),
+            "s2_swap": Corruption(_pairs("s2_swap"), Fraction(5), Fraction(-5), _s2_swap(), _s2_swap()),
             "s2_rand": Corruption(
-                _pairs("s2_rand"),
-                Fraction(5),
-                Fraction(0),
-                _z(Fraction(1, 2), Fraction(1, 2), 1),
-                _z(Fraction(4, 3), Fraction(4, 3), 1),
+                _pairs("s2_rand"), Fraction(5), Fraction(0), _s2_rand_denoising(), _s2_rand_noising()
             ),
             "order_swap": Corruption(_pairs("order_swap"), Fraction(5), Fraction(5), {}, {}),
         },
+        ("z", "q", "k", "v"),
     )
+
+
+def _s2_swap() -> Effects:
+    """The two runs are mirror images, so both directions are the same."""
+    return {
+        **_z(1, 1, 1),
+        site("q", 0, S2, head=0): 1,
+        site("v", 1, S2, head=0): 1,
+        site("q", 2, END, head=0): 1,
+        site("k", 2, S2, head=0): Fraction(1, 2),
+    }
+
+
+def _s2_rand_denoising() -> Effects:
+    """Into IO, S, C with nothing inhibited; S comes twice again only where DUP or INH is written.
+
+    L1H0's key at S2 finds an empty DUP and its value is not looked at: 0 and 0. L2H0's value at S2, S
+    in place of C, leaves 1/3 on IO against 2/3 on S: -5/3, effect -1/3. Its key, one name for
+    another, changes nothing.
+    """
+    half = Fraction(1, 2)
+    return {
+        **_z(half, half, 1),
+        site("q", 0, S2, head=0): half,
+        site("q", 2, END, head=0): half,
+        site("v", 2, S2, head=0): Fraction(-1, 3),
+    }
+
+
+def _s2_rand_noising() -> Effects:
+    """Into IO, S, S with S inhibited; whatever empties DUP or INH leaves a third for each mention.
+
+    L2H0's key at S2, C in place of S, is inhibited no more: half of the attention goes there, to a
+    value that is still S, and the difference is 0: effect 1. Its value there is not looked at.
+    """
+    thirds = Fraction(4, 3)
+    return {
+        **_z(thirds, thirds, 1),
+        site("q", 0, S2, head=0): thirds,
+        site("k", 1, S2, head=0): thirds,
+        site("v", 1, S2, head=0): thirds,
+        site("q", 2, END, head=0): thirds,
+        site("k", 2, S2, head=0): 1,
+    }
 
 
 def _z(duplicate: Fraction | int, inhibition: Fraction | int, mover: Fraction | int) -> Effects:

@@ -27,11 +27,11 @@ def saturated() -> CompiledCircuit:
 
     Corruptions, with the logit difference A - B of the clean and corrupted runs:
 
-    * ``selector`` (+5, -5): ``right`` instead of ``left``. L0H0 and L1H0 at the end carry all of it: 1
-      and 1. But L1H0's attention is saturated: its derivative by ``SEL`` is exactly 0, and so is any
-      first-order estimate of L0H0's effect.
+    * ``selector`` (+5, -5): ``right`` instead of ``left``. L0H0 and L1H0 at the end carry all of it, as do
+      L0H0's value at the selector and L1H0's query: 1 and 1. But L1H0's attention is saturated: its
+      derivative by ``SEL`` is exactly 0, and so is any first-order estimate of what comes before it.
     * ``letters`` (+5, -5): A and B change places. The choice stays, only what is chosen changes: L1H0
-      alone, 1 and 1, and here the gradient is right.
+      and its value at position 1, 1 and 1, and here the gradient is right.
     """
     space = Subspaces(
         {
@@ -54,16 +54,22 @@ def saturated() -> CompiledCircuit:
     W_U = torch.zeros(space.d_model, len(VOCABULARY), dtype=torch.float64)
     W_U[:, LETTER_IDS] = GAIN * space("OUT")
     layers = tuple((head, idle(head, space("JUNK")), average(space)) for head in (select, choose))
-    alone: Effects = {site("z", 1, END, head=0): 1}
-    through: Effects = {site("z", 0, END, head=0): 1, **alone}
+    chosen: Effects = {site("z", 1, END, head=0): 1, site("v", 1, LEFT, head=0): 1}
+    choice: Effects = {
+        site("v", 0, SELECTOR, head=0): 1,
+        site("z", 0, END, head=0): 1,
+        site("q", 1, END, head=0): 1,
+        site("z", 1, END, head=0): 1,
+    }
     return CompiledCircuit(
         "saturated",
         VOCABULARY,
         Weights(W_E, W_pos, layers, W_U),
         {
-            "selector": Corruption(_pairs("selector"), Fraction(5), Fraction(-5), through, through),
-            "letters": Corruption(_pairs("letters"), Fraction(5), Fraction(-5), alone, alone),
+            "selector": Corruption(_pairs("selector"), Fraction(5), Fraction(-5), choice, choice),
+            "letters": Corruption(_pairs("letters"), Fraction(5), Fraction(-5), chosen, chosen),
         },
+        ("z", "q", "k", "v"),
     )
 
 
