@@ -10,6 +10,7 @@ from random_pairs import FourMembers, entropy, random_dataset, random_pairs, tok
 
 from patching import IOIDataset, PromptPair, PromptPairDataset, load_model
 from patching.errors import PairError
+from patching.models import face_of
 from patching.metrics import Answers
 from patching.validation import _prefers
 
@@ -254,7 +255,8 @@ def test_the_printed_table(tiny):
     report = dataset.validate(tiny)
     lines = str(report).splitlines()
     assert repr(report) == str(report)
-    assert lines[0] == "3 pairs of mine on tiny: 1 usable"
+    assert lines[0] == f"3 pairs of mine on {report.model}: 1 usable"
+    assert report.model == face_of(tiny).name
     assert lines[1] == "  prompt tokens    16, equal within every pair"
     assert lines[2] == "  of them differ   1, at positions 11"
     assert lines[3] == "  answer tokens    1"
