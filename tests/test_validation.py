@@ -10,8 +10,8 @@ from random_pairs import FourMembers, entropy, random_dataset, random_pairs, tok
 
 from patching import IOIDataset, PromptPair, PromptPairDataset, load_model
 from patching.errors import PairError
-from patching.models import face_of
 from patching.metrics import Answers
+from patching.models import face_of
 from patching.validation import _prefers
 
 
