@@ -26,10 +26,12 @@ from patching.models import face_of
 from patching.pairs import duplicates, scorer_of, token_pairs
 from patching.results import (
     Direction,
+    NullFloor,
     PairInfo,
     PatchingResult,
     SweepResult,
     effect_of,
+    warn_of_no_gap,
     warn_of_vanishing,
 )
 from patching.sites import Choice, Site, activation_of, grid
@@ -212,8 +214,42 @@ class ActivationPatcher:
         outcome, facts = self._run(request, engine, seed, progress)
         result = self._collect(dataset, request, outcome, activation, direction)
         result.provenance.update(facts, seed=seed, seconds=round(time.perf_counter() - started, 3))
-        warn_of_vanishing(result.effect()[_exists(result)], "sweep")
+        if result.no_gap:
+            warn_of_no_gap(result.no_gap)
+        else:
+            warn_of_vanishing(result.effect()[_exists(result)], "sweep")
         return result
+
+    def null_floor(
+        self,
+        dataset: PatchingDataset,
+        activation: str | Site | Sequence[str] | Sequence[Site] = "z",
+        over: Sequence[str] = ("layer", "head"),
+        *,
+        quantile: float = 0.99,
+        seed: int = 0,
+        **options: Any,
+    ) -> NullFloor:
+        """How large effects get when every pair is patched with values of another one.
+
+        The same sweep, but what is written comes from the run of a different pair of the same
+        template and length (``replacement="resample"``; every pair needs such a partner). An effect
+        below ``.floor``, the quantile of the absolute effect over the cells that move at all, is no
+        larger than what a foreign prompt does there: it is not evidence that the cell carries what
+        this pair's corruption changed. ``.null`` is the null sweep. What all prompts of a template
+        share (a position, an answer) survives the exchange and raises the floor: it errs on the safe
+        side. ``options`` are those of :meth:`sweep`.
+        """
+        if not 0 <= quantile <= 1:
+            raise PatchingError(f"quantile={quantile} will not do: it lies between 0 and 1.")
+        if "replacement" in options:
+            raise PatchingError("null_floor has its own replacement; leave replacement= out.")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PatchingWarning)
+            null = self.sweep(dataset, activation, over, replacement="resample", seed=seed, **options)
+        for warning in caught:  # again, pointing at the caller
+            warnings.warn(warning.message, stacklevel=2)
+        return NullFloor.of(null, quantile)
 
     def plan(
         self,

@@ -9,6 +9,7 @@ against the answer below 0. Denoising effects show sufficiency, noising effects 
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -16,14 +17,23 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from patching.errors import PatchingError, PatchingWarning
+from patching import statistics
+from patching.errors import PatchingError, PatchingWarning, unknown
 from patching.sites import Cell
+from patching.statistics import Correction
 
 Direction = Literal["denoising", "noising"]
-Aggregate = Literal["ratio_of_means", "mean_of_ratios", "none"]
+Aggregate = Literal["ratio_of_means", "mean_of_ratios", "mean_difference", "none"]
+Summary = Literal["ratio_of_means", "mean_of_ratios", "mean_difference"]
 
 VANISHING = 1e-5
 """A gap between clean and corrupted smaller than this share of the values themselves is no gap."""
+FEW_PAIRS = 5
+"""With fewer pairs than this, an interval of the mean gap says nothing, and none is asked for."""
+SMALL_GAP = 0.1
+"""A mean gap below this share of the mean absolute clean score is too small to be a denominator."""
+ZERO_IS_NOTHING = ("logit_diff", "prob_diff", "prob", "accuracy")
+"""Metrics whose 0 means that there is nothing to explain, so that a gap can be small beside a score."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,16 @@ def effect_of(
     gap = np.where(np.abs(gap) <= VANISHING * size, np.nan, gap)
     moved = patched - corrupted if direction == "denoising" else clean - patched
     return moved / gap + 0.0  # no negative zeros
+
+
+def warn_of_no_gap(reason: str) -> None:
+    """One warning where a sweep's effects are not normalised."""
+    warnings.warn(
+        f"sweep: {reason}, so its effect is NaN. Does the corruption change the answer? The raw values "
+        "are kept; effect('mean_difference') needs no gap.",
+        PatchingWarning,
+        stacklevel=3,
+    )
 
 
 def warn_of_vanishing(effects: np.ndarray, what: str) -> None:
@@ -104,22 +124,139 @@ class SweepResult:
 
         ``"ratio_of_means"`` (the headline): mean movement over mean gap, over the pairs in which
         the cell exists. ``"mean_of_ratios"``: mean of the per-pair effects, which pairs with a
-        small gap can dominate.
+        small gap can dominate. Both are NaN where :attr:`no_gap` says why. ``"mean_difference"``:
+        mean movement towards the other run in units of the metric, which needs no gap.
         """
-        if aggregate == "ratio_of_means":
-            return self._ratio_of_means()
-        if aggregate not in ("mean_of_ratios", "none"):
-            raise PatchingError(
-                f"unknown aggregate {aggregate!r}. Available: ratio_of_means, mean_of_ratios, none."
-            )
-        effects = effect_of(self.clean, self.corrupted, self.patched, self.direction)
-        return effects if aggregate == "none" else _mean_over_pairs(effects)
+        if aggregate not in AGGREGATES:
+            raise PatchingError(unknown("aggregate", aggregate, AGGREGATES))
+        if aggregate == "mean_difference":
+            return _mean_over_pairs(self._moved())
+        if aggregate == "none":
+            return effect_of(self.clean, self.corrupted, self.patched, self.direction)
+        if self.no_gap:
+            return np.full(self.patched.shape[:-1], np.nan)
+        if aggregate == "mean_of_ratios":
+            return _mean_over_pairs(self.effect("none"))
+        return self._ratio_of_means()
 
     def _ratio_of_means(self) -> np.ndarray:
         there = ~np.isnan(self.patched)
         clean = _mean_over_pairs(np.where(there, self.clean, np.nan))
         corrupted = _mean_over_pairs(np.where(there, self.corrupted, np.nan))
         return effect_of(clean, corrupted, _mean_over_pairs(self.patched), self.direction)
+
+    def _moved(self) -> np.ndarray:
+        """How far each pair moved towards the other run, ``[*axes, pair]``."""
+        toward = self.patched - self.corrupted if self.direction == "denoising" else self.clean - self.patched
+        return toward + 0.0  # no negative zeros
+
+    # -- statistics ---------------------------------------------------------------------------
+
+    @cached_property
+    def no_gap(self) -> str:
+        """Why effects are not normalised; empty where they are.
+
+        From five pairs on, the mean of ``clean - corrupted`` must have a 95 % bootstrap interval
+        without 0 in it, and for metrics on which 0 is nothing (``logit_diff``, ``prob_diff``,
+        ``prob``, ``accuracy``) be at least a tenth of the mean absolute clean score.
+        """
+        gap = self.clean - self.corrupted
+        known = np.flatnonzero(~np.isnan(gap))
+        gap, clean = gap[known], self.clean[known]
+        if len(gap) < FEW_PAIRS:
+            return ""
+        mean = float(gap.mean())
+        units = statistics.units_of([self.pairs[p].template for p in known])
+        if units.max() + 1 < FEW_PAIRS:
+            units = np.arange(len(gap))
+        low, high = statistics.mean_interval(gap, units)
+        if low <= 0 <= high:
+            return (
+                f"the mean gap between clean and corrupted is {mean:+.3g}, 95 % interval {low:+.3g} to "
+                f"{high:+.3g} over {len(gap)} pairs, and cannot be told from 0"
+            )
+        size = float(np.abs(clean).mean())
+        if self.metric in ZERO_IS_NOTHING and abs(mean) < SMALL_GAP * size:
+            return (
+                f"the mean gap between clean and corrupted is {mean:+.3g}, less than a tenth of the "
+                f"clean score, {size:.3g} on average"
+            )
+        return ""
+
+    def interval(
+        self, level: float = 0.95, aggregate: Summary = "ratio_of_means", resamples: int = 2000, seed: int = 0
+    ) -> np.ndarray:
+        """Bootstrap interval of :meth:`effect`, ``[*axes, 2]``: from, to.
+
+        Percentiles over resamples of the templates, whole; of the pairs where fewer than two
+        templates are named. All cells see the same resamples. The interval is of each cell by
+        itself: over many cells some will miss. NaN where the effect is.
+        """
+        _check_range("level", level, 0 < level < 1, "between 0 and 1")
+        _check_range("resamples", resamples, resamples >= 1, "at least 1")
+        units, few = self._units()
+        if units.max() + 1 < FEW_PAIRS:
+            _warn_user(f"an interval from {few} is too narrow to be relied on.")
+        values, scale = self._summands(aggregate)
+        interval = statistics.bootstrap_interval(
+            values, scale, units, level=level, resamples=resamples, seed=seed
+        ).reshape(*self.patched.shape[:-1], 2)
+        return np.where(np.isnan(self.effect(aggregate))[..., None], np.nan, interval)
+
+    def p_values(
+        self, correction: Correction = "max_t", permutations: int = 10_000, seed: int = 0
+    ) -> np.ndarray:
+        """Two-sided p-values over the axes: does patching the cell move the metric up as often as down?
+
+        Signs of the movements ``patched - base`` are flipped, those of a template together. All
+        flips where that many are allowed, ``permutations`` random ones otherwise. ``"max_t"`` (for
+        claims) corrects for having looked at all cells, ``"bh"`` (for exploration) bounds the share
+        of false findings, ``"none"`` does neither. A p-value says nothing of size: compare effects
+        with ``patcher.null_floor``. Cells that never move have p = 1.
+        """
+        if correction not in CORRECTIONS:
+            raise PatchingError(unknown("correction", correction, CORRECTIONS))
+        _check_range("permutations", permutations, permutations >= 1, "at least 1")
+        units, few = self._units()
+        smallest = 0.5 ** float(units.max())
+        if smallest > 0.05:
+            _warn_user(f"with {few} no p-value can be smaller than {smallest:.3g}.")
+        p = statistics.sign_flip_p(
+            self._moved().reshape(-1, len(self.pairs)), units,
+            correction=correction, permutations=permutations, seed=seed,
+        )  # fmt: skip
+        return p.reshape(self.patched.shape[:-1])
+
+    def stability(self, k: int = 10, resamples: int = 200, seed: int = 0) -> "Stability":
+        """How much of the ``k`` strongest cells stays the same when the pairs change.
+
+        Pairs are resampled as in :meth:`interval`. NaN where no cell has an effect.
+        """
+        _check_range("k", k, k >= 1, "at least 1")
+        _check_range("resamples", resamples, resamples >= 1, "at least 1")
+        values, scale = self._summands("ratio_of_means")
+        values = np.where(np.isnan(self.effect().ravel())[:, None], np.nan, values)
+        units, _ = self._units()
+        jaccard, inclusion = statistics.inclusion(values, scale, units, k=k, resamples=resamples, seed=seed)
+        return Stability(k, jaccard, inclusion.reshape(self.patched.shape[:-1]))
+
+    def _units(self) -> tuple[np.ndarray, str]:
+        """What is resampled, a number for each pair, and how many of it there are, in words."""
+        units = statistics.units_of([pair.template for pair in self.pairs])
+        count = int(units.max()) + 1
+        kind = "pair" if count == len(self.pairs) else "template"
+        return units, f"{count} {kind}{'s' * (count != 1)}"
+
+    def _summands(self, aggregate: Summary) -> tuple[np.ndarray, np.ndarray]:
+        """Values ``[cell, pair]`` and scale ``[pair]`` whose sums have the aggregate as their ratio."""
+        if aggregate not in SUMMARIES:
+            raise PatchingError(unknown("aggregate", aggregate, SUMMARIES))
+        values = self.effect("none") if aggregate == "mean_of_ratios" else self._moved()
+        ones = np.ones(len(self.pairs))
+        scale = self.clean - self.corrupted if aggregate == "ratio_of_means" else ones
+        return values.reshape(-1, len(self.pairs)), scale
+
+    # -- tables -------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
         """One tidy row for each cell and pair, with raw values and effect.
@@ -211,6 +348,7 @@ class SweepResult:
         width = max(map(len, names), default=0)
         bars = [f"{'█' * round(20 * min(abs(e), 1.5))}" for e in top["effect"]]
         shown = zip(names, top["effect"], bars, strict=True)
+        lines += [f"  effects are NaN: {self.no_gap}."] if self.no_gap else []
         return "\n".join(lines + [f"  {name:<{width}}  {effect:+.3f}  {bar}" for name, effect, bar in shown])
 
     def _name(self, point: Mapping[Hashable, Any]) -> str:
@@ -250,10 +388,53 @@ class SweepResult:
         return heatmap(self, **options)
 
 
+@dataclass(frozen=True)
+class Stability:
+    """How much of a sweep's ``k`` strongest cells stays the same when the pairs are resampled."""
+
+    k: int
+    jaccard: float
+    """Mean over resamples of the cells in both lists over the cells in either; 1 = the same list."""
+    inclusion: np.ndarray  # [*axes]
+    """The share of resamples in which each cell is among the ``k`` strongest."""
+
+
+@dataclass(frozen=True)
+class NullFloor:
+    """How large effects get when the values come from another pair: see ``patcher.null_floor``."""
+
+    floor: float
+    """The quantile of the absolute effect over the null sweep's cells."""
+    quantile: float
+    null: SweepResult
+
+    @classmethod
+    def of(cls, null: SweepResult, quantile: float) -> "NullFloor":
+        """The floor that a null sweep sets. Cells that did not move at all do not count: they are
+        out of reach, and how many of them were swept must not lower the floor."""
+        size = np.abs(null.effect())
+        if np.isnan(size).all():
+            return cls(float("nan"), quantile, null)
+        moved = size[size > 0]
+        return cls(float(np.quantile(moved, quantile)) if moved.size else 0.0, quantile, null)
+
+
+SUMMARIES = ("ratio_of_means", "mean_of_ratios", "mean_difference")
+AGGREGATES = (*SUMMARIES, "none")
+CORRECTIONS = ("max_t", "bh", "none")
 FRAME_COLUMNS = (
     "direction", "activation", "hook_point", "layer", "pos", "role", "token", "head", "neuron",
     "src_pos", "pair", "metric", "clean", "corrupted", "patched", "effect",
 )  # fmt: skip
+
+
+def _check_range(name: str, value: float, holds: bool, expected: str) -> None:
+    if not holds:
+        raise PatchingError(f"{name}={value} will not do: it is {expected}.")
+
+
+def _warn_user(message: str) -> None:
+    warnings.warn(message, PatchingWarning, stacklevel=3)
 
 
 def _joined(names: Any) -> str:
