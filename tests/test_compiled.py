@@ -104,8 +104,8 @@ def test_a_rotation_of_the_residual_stream_changes_no_effect(
 
 @pytest.mark.xfail(
     raises=SiteError,
-    reason="LanguageModel.check_writable takes a hook for unread if one disturbance leaves the logits as they "
-    "were, and a saturated head's queries withstand the one it tries",
+    reason="LanguageModel.check_writable takes a hook for unread if one disturbance leaves the logits as "
+    "they were, and a saturated head's queries withstand the one it tries",
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_queries_of_a_saturated_head_are_patched_under_a_rotation(backend: str) -> None:
