@@ -429,10 +429,10 @@ def test_where_keeps_and_records(any_model):
     assert some.name == "five"
     assert some.parameters == {"n_pairs": 5, "metric": "logit_diff", "removed": {"template b": [1, 3]}}
 
-    again = some.where(np.array([False, True, True]), reason="mask")
-    assert again.removed == {"template b": (1, 3), "mask": (0,)}
-    assert again.get_clean_corrupt_pairs() == [(f"w{i} w2", f"w{i} w3") for i in (2, 4)]
-    assert [pair.clean for pair in again.prompt_pairs()] == ["w2 w2", "w4 w2"]
+    again = some.where(np.array([True, False, True]), reason="mask")
+    assert again.removed == {"template b": (1, 3), "mask": (2,)}
+    assert again.get_clean_corrupt_pairs() == [(f"w{i} w2", f"w{i} w3") for i in (0, 4)]
+    assert [pair.clean for pair in again.prompt_pairs()] == ["w0 w2", "w4 w2"]
     assert five(any_model).where([True] * 5).removed == {}
     assert len(five(any_model).where(pd.Series([True, False] * 2 + [True], index=list("edcba")))) == 3
 
