@@ -163,8 +163,9 @@ class GaussianNoise(Replacement):
         for row, pair in enumerate(pairs):
             rng = np.random.default_rng([self.seed, zlib.crc32(hook_point.encode()), pair])
             noise[row] = torch.from_numpy(rng.standard_normal(tuple(activations.shape[1:])))
-        finite = activations[activations.isfinite()]
-        return self.scale * finite.std() * noise.to(activations.device)
+        # Masked attention scores are -inf, or the lowest number there is on a Bridge.
+        unmasked = activations[activations > torch.finfo(activations.dtype).min / 2]
+        return self.scale * unmasked.std() * noise.to(activations.device)
 
     def write(self, live: Tensor, values: Tensor | None, site: Site) -> Tensor:
         assert values is not None

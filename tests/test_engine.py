@@ -246,7 +246,7 @@ def test_replacements_see_the_whole_site(model, replacement):
 
 
 @pytest.mark.parametrize(
-    "replacement", ["zero", "mean", "resample", lambda a, site: (a.clamp(-5) + 1).flip(-1)]
+    "replacement", ["zero", "mean", "resample", "gaussian_noise", lambda a, site: (a.clamp(-5) + 1).flip(-1)]
 )
 @pytest.mark.parametrize("over", [("layer", "head"), ("layer", "dest_pos")])
 def test_replacements_between_positions(model, replacement, over):
