@@ -163,8 +163,6 @@ def steps_in(replacement: Replacement, block: Block, patch: Patch) -> bool:
         return block.after_attention is None
     if name == "post":
         return block.after_mlp is None
-    if name in ("attn_out", "mlp_out"):
-        return block.attn_out_is_added if name == "attn_out" else block.mlp_out_is_added
     return name in MID + POST
 
 

@@ -253,18 +253,6 @@ class Block:
     after_attention: Function | None = None
     """A norm between the attention's output and the residual stream (Gemma 2)."""
     after_mlp: Function | None = None
-    hooked_before: bool = False
-    """Whether ``attn_out`` and ``mlp_out`` name what enters these norms, not what leaves them."""
-
-    @property
-    def attn_out_is_added(self) -> bool:
-        """Whether ``attn_out`` is what the residual stream receives."""
-        return self.after_attention is None or not self.hooked_before
-
-    @property
-    def mlp_out_is_added(self) -> bool:
-        """Whether ``mlp_out`` is what the residual stream receives."""
-        return self.after_mlp is None or not self.hooked_before
 
     def run(
         self,
@@ -308,10 +296,8 @@ class Block:
         return self._out("mlp_out", self.mlp(self.norm2(resid), edit, first), self.after_mlp, edit, first)
 
     def _out(self, name: str, out: Tensor, norm: Function | None, edit: Edit, first: int) -> Tensor:
-        """A component's output, normed and edited in the order in which the model does it."""
-        if norm is None:
-            return edit(name, out, first)
-        return norm(edit(name, out, first)) if self.hooked_before else edit(name, norm(out), first)
+        """A component's output as the residual stream receives it, which is where its hook point lies."""
+        return edit(name, out if norm is None else norm(out), first)
 
     def keys_values(self, resid_pre: Float[Tensor, "pair pos d_model"]) -> Past:
         """Keys and values of whole runs, from what enters the block."""
