@@ -363,18 +363,14 @@ def _cell(kind: _Kind, point: Mapping[str, object], shape: ModelShape, choice: C
     )
 
 
-def _site_grid(
-    sites: Sequence[Site], shape: ModelShape, n_pos: int, roles: Sequence[str]
-) -> Grid:
+def _site_grid(sites: Sequence[Site], shape: ModelShape, n_pos: int, roles: Sequence[str]) -> Grid:
     bad = [problem for site in sites for problem in _site_problems(site, shape, n_pos, roles)]
     if bad:
         raise SiteError("\n".join(bad))
     return Grid({"site": tuple(sites)}, tuple((site,) for site in sites))
 
 
-def _site_problems(
-    site: Site, shape: ModelShape, n_pos: int, roles: Sequence[str]
-) -> Iterable[str]:
+def _site_problems(site: Site, shape: ModelShape, n_pos: int, roles: Sequence[str]) -> Iterable[str]:
     if site.hook_point not in shape.hook_points:
         yield f"{site}: no such hook point{_nearest(site.hook_point, shape)}."
         return
