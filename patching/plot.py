@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from patching.errors import PatchingError, unknown
-from patching.results import Aggregate, PairInfo, SweepResult
+from patching.results import SUMMARIES, PairInfo, Summary, SweepResult
 
 COLOURS = "RdBu"
 """Blue moves the metric the way the patch should, red the other way; safe for colour-blind readers."""
@@ -40,7 +41,7 @@ def heatmap(
     y: str | None = None,
     panels: str | None = None,
     at: Mapping[str, Any] | None = None,
-    aggregate: Aggregate = "ratio_of_means",
+    aggregate: Summary = "ratio_of_means",
     limit: float | None = None,
     figsize: tuple[float, float] | None = None,
     title: str | None = None,
@@ -58,17 +59,19 @@ def heatmap(
     Args:
         x, y, panels: Which axis goes where, if not as above.
         at: Keeps one value of an axis, e.g. ``{"layer": 2}``.
-        aggregate: How pairs are joined, as in :meth:`SweepResult.effect`.
+        aggregate: How pairs are joined, as in :meth:`SweepResult.effect`; ``"mean_difference"``
+            shows the metric's own units, for corruptions that leave no gap.
         limit: The effect at the ends of the colour scale; by default the largest there is, and
-            at least 0.1, so that a sweep that finds nothing looks like it.
+            at least 0.1 (a tenth of the clean score for ``"mean_difference"``), so that a sweep
+            that finds nothing looks like it.
         figsize: Inches; by default what the cells need, up to a page.
         title: In place of the line that says what was swept.
 
     Raises:
         PatchingError: for axes that the sweep does not have, or more than three of them.
     """
-    if aggregate == "none":
-        raise PatchingError("a heatmap joins pairs: aggregate is 'ratio_of_means' or 'mean_of_ratios'.")
+    if aggregate not in SUMMARIES:
+        raise PatchingError(unknown("aggregate of a heatmap, which joins pairs,", aggregate, SUMMARIES))
     if limit is not None and not limit > 0:
         raise PatchingError(f"limit={limit} is the effect at the end of the colour scale: above 0.")
     drawing = _drawing(result, at or {}, aggregate, limit)
@@ -106,6 +109,8 @@ class _Drawing:
     effects: np.ndarray  # [*axes]
     exists: np.ndarray  # [*axes], False where the model or the prompts have no such cell
     limit: float
+    normalised: bool
+    """Whether 1 is the whole gap; else effects are in units of the metric."""
 
     def arranged(self, *order: str | None) -> np.ndarray:
         """Effects with the named axes in this order, e.g. ``[panel, y, x]``."""
@@ -120,9 +125,7 @@ class _Drawing:
         return Normalize(-self.limit, self.limit)
 
 
-def _drawing(
-    result: SweepResult, at: Mapping[str, Any], aggregate: Aggregate, limit: float | None
-) -> _Drawing:
+def _drawing(result: SweepResult, at: Mapping[str, Any], aggregate: Summary, limit: float | None) -> _Drawing:
     axes = dict(result.axes)
     index: list[Any] = [slice(None)] * len(axes)
     for axis, value in at.items():
@@ -135,7 +138,9 @@ def _drawing(
     effects = result.effect(aggregate)[tuple(index)]
     exists = ~np.isnan(result.patched).all(-1)[tuple(index)]
     largest = float(np.nanmax(np.abs(effects))) if np.isfinite(effects).any() else 0.0
-    return _Drawing(result, kept, effects, exists, limit or max(largest, FAINT))
+    normalised = aggregate != "mean_difference"
+    least = FAINT if normalised else FAINT * float(np.nanmean(np.abs(result.clean)))
+    return _Drawing(result, kept, effects, exists, limit or max(largest, least) or 1.0, normalised)
 
 
 @dataclass(frozen=True)
@@ -258,10 +263,11 @@ def _draw_bars(figure: Figure, drawing: _Drawing, places: _Arrangement) -> None:
     line(0, color="black", linewidth=0.6)
     inches = (PAGE / 2 if upright else figure.get_figheight()) / count
     _tick(ax, "x" if upright else "y", drawing.labels(axis), inches)
+    name = "effect" if drawing.normalised else "change"
     if upright:
-        ax.set(xlim=(0, count), xlabel=axis, ylabel="effect")
+        ax.set(xlim=(0, count), xlabel=axis, ylabel=name)
     else:
-        ax.set(ylim=(count, 0), xlabel="effect", ylabel=axis)
+        ax.set(ylim=(count, 0), xlabel=name, ylabel=axis)
     for label in (ax.xaxis.label, ax.yaxis.label):
         label.set_fontsize(NORMAL)
     ax.tick_params(labelsize=SMALL, length=2)
@@ -285,7 +291,7 @@ def _colour_bar(figure: Figure, axes: Sequence[Axes], drawing: _Drawing) -> None
     beyond = np.nan_to_num(np.abs(drawing.effects)) > drawing.limit
     bar = figure.colorbar(
         ScalarMappable(drawing.norm, COLOURS), ax=axes, location="bottom", aspect=40, pad=0.02,
-        extend="both" if beyond.any() else "neither",
+        extend="both" if beyond.any() else "neither", ticks=MaxNLocator(5),
     )  # fmt: skip
     bar.ax.tick_params(labelsize=SMALL, length=2)
     bar.outline.set_visible(False)
@@ -354,11 +360,12 @@ def _footnotes(drawing: _Drawing) -> list[str]:
     labels = [label for axis in drawing.axes for label in drawing.labels(axis)]
     there = "clean" if result.direction == "denoising" else "corrupted"
     notes = {
-        f"effect: 0 = none, 1 = {result.metric} as in the {there} run": True,
+        f"effect: 0 = none, 1 = {result.metric} as in the {there} run": drawing.normalised,
+        f"change of {result.metric} towards the {there} run": not drawing.normalised,
         "token / token: clean / corrupted": any(" / " in label for label in labels),
         "*: clean and corrupted tokens differ": any(label.endswith("*") for label in labels),
         "hatched: no such cell": (missing & ~drawing.exists).any(),
-        "hatched: clean and corrupted score the same": (missing & drawing.exists).any(),
+        "hatched: no gap between clean and corrupted": (missing & drawing.exists).any(),
     }
     return [note for note, needed in notes.items() if needed]
 

@@ -134,7 +134,7 @@ def test_at_keeps_one_value_of_an_axis() -> None:
     assert "layer 5" in figure.get_suptitle()
 
 
-@pytest.mark.parametrize("aggregate", ["ratio_of_means", "mean_of_ratios"])
+@pytest.mark.parametrize("aggregate", ["ratio_of_means", "mean_of_ratios", "mean_difference"])
 def test_pairs_are_joined_as_asked(aggregate) -> None:
     sweep = result({"layer": (0, 1), "head": (0, 1)})
     sweep.clean[:] = 1, 2, 3
@@ -201,7 +201,7 @@ def test_without_a_gap_the_figure_says_so() -> None:
     figure = heatmap(sweep)
 
     assert np.isnan(values(panels(figure)[0])).all()
-    assert "hatched: clean and corrupted score the same" in footnotes(figure)
+    assert "hatched: no gap between clean and corrupted" in footnotes(figure)
 
 
 def test_nothing_is_hatched_where_all_have_values() -> None:
@@ -305,6 +305,14 @@ def test_the_figure_says_what_it_shows(direction, runs, meaning) -> None:
     assert heatmap(result({"layer": (0,), "head": (0,)}), title="Mine").get_suptitle() == "Mine"
 
 
+def test_changes_in_units_of_the_metric_say_so() -> None:
+    sweep = result({"layer": (0, 1), "head": (0, 1)}, [[0.5, 0.0], [-0.25, 0.1]])
+    figure = heatmap(sweep, aggregate="mean_difference")
+
+    assert mesh_of(panels(figure)[0]).get_clim() == (-2.0, 2.0), "half of the gap of 4"
+    assert footnotes(figure) == ["change of logit_diff towards the clean run"]
+
+
 # Side effects
 
 
@@ -357,7 +365,11 @@ AXES_4 = {"activation": ("q", "k"), "layer": (0, 1), "pos": (0, 1), "head": (0, 
             {},
             r"60 panels.*at most 48.*at=\{'layer'",
         ),
-        ({"layer": (0, 1), "pos": (0,)}, {"aggregate": "none"}, "joins pairs"),
+        (
+            {"layer": (0, 1), "pos": (0,)},
+            {"aggregate": "none"},
+            "joins pairs, 'none'. Available: mean_difference, mean_of_ratios, ratio_of_means",
+        ),
         ({"layer": (0, 1), "pos": (0,)}, {"limit": 0.0}, "limit=0.0"),
     ],
 )
