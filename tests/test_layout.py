@@ -20,7 +20,7 @@ PACKAGE = ROOT / "patching"
 FLOORS = [
     {"errors"},
     {"sites", "metrics", "interventions"},
-    {"models", "dataset", "tasks", "taskfile", "fill", "tokens", "tiny",
+    {"models", "dataset", "tasks", "tiny",
      "prompt", "checks", "prompt_pairs", "table", "rows", "subset", "validation_report"},
     {"engine", "pairs", "gradients", "edges", "circuits"},
     {"results", "statistics", "store", "compiled", "validation"},
