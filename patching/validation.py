@@ -39,6 +39,7 @@ from patching.models.face import LanguageModel
 from patching.pairs import scorer_of
 from patching.prompt import Answer, answer_tokens, several
 from patching.results import VANISHING
+from patching.statistics import mean_interval, units_of
 from patching.validation_report import PairReport as PairReport
 from patching.validation_report import ValidationReport as ValidationReport
 from patching.validation_report import prompt_keys
@@ -52,7 +53,6 @@ NOT_PREFERRED = "the model does not prefer the correct answer on clean"
 STILL_PREFERRED = "the model still prefers the correct answer on corrupted"
 NO_GAP = "clean and corrupted score the same"
 
-RESAMPLES = 2000
 UNRUNNABLE = {NOT_TOKENS, TOO_LONG, ANSWER_OUTSIDE, AMBIGUOUS, NO_CORRECT, NO_INCORRECT}
 """Faults with which a pair cannot be run or scored."""
 _MEMORY = 2**28
@@ -90,7 +90,8 @@ def validate(dataset: PatchingDataset, model: Any, *, seed: int = 0) -> Validati
             )
         )  # fmt: skip
     own = batched_metric(dataset)
-    interval = _interval(np.array([report.gap for report in reports]), templates, seed)
+    gaps = np.array([report.gap for report in reports])
+    interval = mean_interval(gaps, units_of(templates), seed=seed)
     metric = "compute_metric" if own is None else own.name
     return ValidationReport(dataset.name, face.name, metric, tuple(reports), interval, prompt_keys(dataset))
 
@@ -227,24 +228,3 @@ def _prefers(logits: Float[Tensor, " d_vocab"], answers: Answers) -> bool:
         others = logits.clone()
         others[list(answers.correct)] = float("-inf")
     return bool(best > others.max())
-
-
-def _interval(gaps: np.ndarray, templates: Sequence[str], seed: int) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean, pairs without a score left out.
-
-    Pairs of one template are no independent evidence, so they are drawn together; pairs without a
-    template alone, and so all pairs where there are fewer than two templates.
-    """
-    alone = len({name for name in templates if name}) < 2
-    labels = [name if name and not alone else i for i, name in enumerate(templates)]
-    number = {label: unit for unit, label in enumerate(dict.fromkeys(labels))}
-    units = np.array([number[label] for label in labels])
-    scored = ~np.isnan(gaps)
-    sums = np.bincount(units[scored], gaps[scored], len(number))
-    sizes = np.bincount(units[scored], minlength=len(number))
-    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
-    if len(sums) < 2:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
-    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), (0.025, 0.975))
-    return float(low), float(high)

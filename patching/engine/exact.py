@@ -72,7 +72,7 @@ def _run_batch(
     outcome.clean[batch], outcome.corrupted[batch] = runs.clean, runs.corrupted
     base_scores = runs.corrupted if request.denoising else runs.clean
     base, reason = (None, refusal) if refusal else _base(request, runs)
-    if base is None:  # and so nothing is known of what cannot reach the read-out
+    if base is None and not refusal:  # planned as if causal, but now nothing is known of what reaches where
         [group] = groups(request, group.rows, causal=False)
     still = _unchanged(request, group.patches, runs)
     for number in group.zeros:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -195,7 +196,7 @@ class Attention:
                 pattern[..., : len(past)].reshape(pairs * K, cells * G * queries, len(past)),
                 past.values.permute(0, 2, 1, 3).reshape(pairs * K, len(past), D),
             ).view(*rows, D)
-        return z.permute(2, 0, 4, 1, 3, 5).flatten(3, 4)  # [cell, pair, pos, head, d_head]
+        return rearrange(z, "pair kv_head cell group pos d -> cell pair pos (kv_head group) d")
 
     def _pattern(self, scores: Tensor, length: int, edit: Edit) -> Tensor:
         """Softmax of the scores ``[pair, kv_head, cell, group, pos, src_pos]``, scaled and masked."""
@@ -236,9 +237,10 @@ def _edited(edit: Edit, name: str, scores: Tensor, first: int) -> Tensor:
     """Edit scores or pattern in TransformerLens' layout ``[cell, pair, head, dest_pos, src_pos]``."""
     if not edit.wants(name):
         return scores
-    groups = scores.shape[1], scores.shape[3]
-    by_head = scores.permute(2, 0, 1, 3, 4, 5).flatten(2, 3)
-    return edit(name, by_head, first).unflatten(2, groups).permute(1, 2, 0, 3, 4, 5)
+    by_head = rearrange(scores, "pair kv_head cell group pos src -> cell pair (kv_head group) pos src")
+    edited = edit(name, by_head, first)
+    back = "cell pair (kv_head group) pos src -> pair kv_head cell group pos src"
+    return rearrange(edited, back, kv_head=scores.shape[1])
 
 
 @dataclass(frozen=True)
