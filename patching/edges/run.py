@@ -16,12 +16,9 @@ from patching.edges.sets import Runs, final_streams
 from patching.engine.baseline import as_numpy
 from patching.engine.readout import score_rows
 from patching.engine.request import Outcome, with_reference
-from patching.engine.verify import tolerance
+from patching.engine.verify import SAMPLES, sample, tolerance
 from patching.errors import PatchingWarning
 from patching.pairs import duplicates
-
-SAMPLES = 3
-"""Edges of one pair that are measured twice."""
 
 
 def run_edges(
@@ -55,13 +52,8 @@ def run_paths(asked: Paths, progress: bool) -> tuple[Outcome, dict[str, Any]]:
 
 def _verified(asked: Edges, outcome: Outcome, seed: int) -> dict[str, Any]:
     """Compare a few edges of one pair with runs from the first layer on, in which every node is live."""
-    request, rng = asked.request, np.random.default_rng(seed)
-    row = int(rng.integers(len(request.pairs)))
-    base = (outcome.corrupted if request.denoising else outcome.clean)[row]
-    values = outcome.cells[:, row]
-    there = np.flatnonzero(~np.isnan(values))
-    moved = there[values[there] != base]
-    some = rng.permutation(moved if len(moved) else there)[:SAMPLES]
+    request = asked.request
+    row, some = sample(request, outcome, seed, SAMPLES)
     runs = Runs.of(request.model, request.base([row]), request.source([row]), [request.pairs[row].roles])
     final = final_streams(runs, [[asked.edges[i]] for i in some])
     clean = (runs.source if request.denoising else runs.base).logits
@@ -69,7 +61,7 @@ def _verified(asked: Edges, outcome: Outcome, seed: int) -> dict[str, Any]:
     again = as_numpy(score_rows(request, scorer, request.indices([row]), final, runs.base.resid_pre[-1]))[
         :, 0
     ]
-    difference = float(np.abs(again - values[some]).max(initial=0.0))
+    difference = float(np.abs(again - outcome.cells[list(some), row]).max(initial=0.0))
     logits = float(runs.base.logits.abs().max())
     if difference > tolerance(request.model.dtype) * max(1.0, logits):
         warnings.warn(

@@ -11,7 +11,7 @@ from patching.engine.request import Outcome, Request, with_clean_runs
 from patching.sites import Grid
 
 SAMPLES = 3
-"""Cells of one pair that every sweep computes twice."""
+"""Cells, or edges, of one pair that every measurement computes twice."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,12 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def verify(request: Request, outcome: Outcome, seed: int, samples: int = SAMPLES) -> Verification:
-    """Compare sampled cells of one sampled pair with the reference engine's values.
-
-    Cells that were computed are drawn; exact zeros only where there are no others.
-    """
-    rng = np.random.default_rng(seed)
-    row = int(rng.integers(len(request.pairs)))
-    base = (outcome.corrupted if request.denoising else outcome.clean)[row]
-    values = outcome.cells[:, row]
-    there = np.flatnonzero(~np.isnan(values))
-    moved = there[values[there] != base]
-    drawn = moved if len(moved) else there
-    cells = tuple(int(c) for c in rng.permutation(drawn)[:samples])
+    """Compare sampled cells of one sampled pair with the reference engine's values."""
+    row, cells = sample(request, outcome, seed, samples)
     if not cells:
         return Verification((), None, 0.0, 0.0)
     expected, logits = _reference(request, row, cells)
+    values = outcome.cells[:, row]
     scale = max(np.abs([*expected, outcome.clean[row], outcome.corrupted[row]]))
     # Scores are differences of logits: they carry the rounding of the logits, not of their own size.
     rounding = 64 * torch.finfo(request.model.dtype).eps * logits
@@ -62,6 +53,21 @@ def verify(request: Request, outcome: Outcome, seed: int, samples: int = SAMPLES
         float(np.abs(values[list(cells)] - expected).max()),
         float(tolerance(request.model.dtype) * scale + rounding),
     )
+
+
+def sample(request: Request, outcome: Outcome, seed: int, samples: int) -> tuple[int, tuple[int, ...]]:
+    """The row of a pair and the cells in which it is measured again.
+
+    Cells that were computed are drawn; exact zeros only where there are no others.
+    """
+    rng = np.random.default_rng(seed)
+    row = int(rng.integers(len(request.pairs)))
+    base = (outcome.corrupted if request.denoising else outcome.clean)[row]
+    values = outcome.cells[:, row]
+    there = np.flatnonzero(~np.isnan(values))
+    moved = there[values[there] != base]
+    drawn = rng.permutation(moved if len(moved) else there)[:samples]
+    return row, tuple(int(cell) for cell in drawn)
 
 
 def _reference(request: Request, row: int, cells: tuple[int, ...]) -> tuple[np.ndarray, float]:
