@@ -43,20 +43,21 @@ def prompt_problems(
     """Why these prompts cannot be patched into each other."""
     bad = []
     n_ctx, d_vocab = int(model.cfg.n_ctx), int(model.cfg.d_vocab)
+    tokens = torch.cat([clean, corrupted])
+    are_tokens = int(tokens.min()) >= 0 and int(tokens.max()) < d_vocab
     if len(clean) != len(corrupted):
+        shown = [model.str_tokens(ids) if are_tokens else ids.tolist() for ids in (clean, corrupted)]
         bad.append(
             Problem(
                 UNEQUAL,
                 f"clean has {len(clean)} tokens, corrupted {len(corrupted)}; patching by position needs "
-                f"equal lengths.\n  clean:     {model.str_tokens(clean)}\n"
-                f"  corrupted: {model.str_tokens(corrupted)}",
+                f"equal lengths.\n  clean:     {shown[0]}\n  corrupted: {shown[1]}",
             )
         )
     longest = max(len(clean), len(corrupted))
     if longest > n_ctx:
         bad.append(Problem(TOO_LONG, f"{longest} tokens, but the model's context is {n_ctx}."))
-    tokens = torch.cat([clean, corrupted])
-    if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
+    if not are_tokens:
         bad.append(Problem(NOT_TOKENS, f"token ids must lie in 0..{d_vocab - 1}, got {tokens.tolist()}."))
     bad += [
         Problem(

@@ -137,10 +137,11 @@ def _shown(value: Any) -> str:
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number as an int; None for anything else, True and False included."""
+    """A whole number of 64 bits as an int; None for anything else, True and False included."""
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point():
         value = value.item()
-    return int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return int(value) if is_whole and int(value).bit_length() <= 63 else None
 
 
 def _list(value: Any) -> list[Any] | None:
@@ -150,9 +151,19 @@ def _list(value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, list | tuple) else None
 
 
+def _text(value: str) -> str:
+    """Text that tokenizers can read: JSON can also say half a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"character {error.start + 1} is half of a surrogate pair; write the whole character"
+        raise _Wrong(f"{_shown(value)}, in which {half}") from error
+    return value
+
+
 def _prompt(value: Any) -> Prompt:
     if isinstance(value, str):
-        return value
+        return _text(value)
     items = _list(value)
     ids = [_whole(item) for item in items] if items is not None else [None]
     known = [i for i in ids if i is not None]
@@ -167,7 +178,7 @@ def _answer(value: Any) -> Answer:
         return number
     if not isinstance(value, str) or not value:
         raise _Wrong(f"{_shown(value)}, expected text or a token id, or a list of them")
-    return value
+    return _text(value)
 
 
 def _answers(value: Any) -> Answer | tuple[Answer, ...]:
@@ -179,7 +190,7 @@ def _answers_from_text(value: str) -> Answer | tuple[Answer, ...]:
     """A JSON list is several answers; anything else is one, as it stands."""
     try:
         items = json.loads(value) if value.startswith("[") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
     if items == []:
         raise _Wrong("is a list of nothing; leave the cell empty where there is no answer")
@@ -210,10 +221,10 @@ def _roles(value: Any) -> dict[str, int | tuple[int, ...]]:
     if isinstance(value, str):
         try:
             value = json.loads(value, object_pairs_hook=json_object)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Wrong(f"is no JSON ({error}), {expected}") from error
     items = _list(value)
-    if items is not None and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
+    if items is not None and all(_names_a_role(item) for item in items):
         try:
             value = json_object(items)
         except ValueError as error:
@@ -221,6 +232,10 @@ def _roles(value: Any) -> dict[str, int | tuple[int, ...]]:
     if not isinstance(value, Mapping) or not all(isinstance(role, str) for role in value):
         raise _Wrong(f"{_shown(value)}, {expected}")
     return {role: _positions(role, at, expected) for role, at in value.items()}
+
+
+def _names_a_role(item: Any) -> bool:
+    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
 
 
 def _positions(role: str, at: Any, expected: str) -> int | tuple[int, ...]:

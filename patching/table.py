@@ -122,7 +122,7 @@ def of_parquet(path: str | Path) -> Table:
         read = read_table(BufferReader(stored))
         read.validate(full=True)  # text that is not UTF-8, lengths that lie
         columns, values = list(read.column_names), read.to_pylist()
-    except (ArrowException, OSError, ValueError) as error:
+    except (ArrowException, OSError, ValueError, ArithmeticError) as error:  # dates that Python has not
         raise PairError(f"{path.name}: not a Parquet file that can be read: {error}") from error
     _check_names(columns, path.name)
     rows = [(f"row {number}", _without_gaps(row)) for number, row in enumerate(values, start=1)]

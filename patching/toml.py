@@ -50,7 +50,7 @@ def typed(
         problems.append(f"{where}: the key {key!r} is missing.")
     for key in sorted(table.keys() & allowed.keys()):
         if not _is(table[key], allowed[key]):
-            problems.append(f"{where}: {key} should be {_type_name(allowed[key])}, got {table[key]!r}.")
+            problems.append(f"{where}: {key} should be {_type_name(allowed[key])}, got {_said(table[key])}.")
     return len(problems) == before
 
 
@@ -67,9 +67,17 @@ def _kinds(kind: Kind) -> tuple[type, ...]:
 
 
 def _is(value: object, kind: Kind) -> bool:
-    """``isinstance``, but true and false are no numbers."""
+    """``isinstance``, but true and false are no numbers, nor are those that TOML's 64 bits do not hold."""
     kinds = _kinds(kind)
-    return bool in kinds if isinstance(value, bool) else isinstance(value, kinds)
+    return bool in kinds if isinstance(value, bool) else isinstance(value, kinds) and not _is_long(value)
+
+
+def _is_long(value: object) -> bool:
+    return isinstance(value, int) and value.bit_length() > 63
+
+
+def _said(value: object) -> str:
+    return f"{value!r}, which 64 bits do not hold" if _is_long(value) else repr(value)
 
 
 def _type_name(kind: Kind) -> str:

@@ -180,9 +180,10 @@ def _check_sites(activation: str | list, where: str, problems: list[str]) -> Non
 
 
 def _check_claim(entry: object, where: str, problems: list[str]) -> None:
-    kind = CLAIMS.get(entry.get("kind", "")) if isinstance(entry, dict) else None
-    if isinstance(entry, dict) and isinstance(entry.get("kind"), str) and kind is None:
-        problems.append(f"{where}: {unknown('kind of claim', entry['kind'], CLAIMS)}")
+    name = entry.get("kind") if isinstance(entry, dict) else None
+    kind = CLAIMS.get(name) if isinstance(name, str) else None
+    if isinstance(name, str) and kind is None:
+        problems.append(f"{where}: {unknown('kind of claim', name, CLAIMS)}")
         return
     required = {"claim": str, "source": str, "kind": str, **(kind.required if kind else {})}
     if typed(entry, required, where, problems, kind.optional if kind else {}):
@@ -231,7 +232,8 @@ def _parse(path: Path, raw: dict, problems: list[str]) -> Experiment:
     problems += _task_problems(experiment)
     problems += _figure_problems(experiment)
     for (where, _), claim in zip(_numbered(raw["claims"]), experiment.claims, strict=True):
-        strange = [name for name in claim.names if name not in experiment.sweeps]
+        named = [name for name in claim.names if isinstance(name, str)]
+        strange = [name for name in named if name not in experiment.sweeps]
         problems += [f"{where}: {unknown('sweep', name, experiment.sweeps)}" for name in strange]
         problems += [f"{where}: {mistake}" for mistake in claim.mistakes(experiment)]
     return experiment

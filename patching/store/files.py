@@ -72,7 +72,13 @@ def check_free(folder: Path) -> None:
 def inside(folder: Path, name: str) -> Path:
     """The file of that name in a folder; :class:`StoreError` for a name that leads out of it."""
     path = folder / name
-    if not name or "\0" in name or Path(name).name != name or name in (".", "..") or path.is_symlink():
+    try:
+        leads_out = (
+            not name or "\0" in name or Path(name).name != name or name in (".", "..") or path.is_symlink()
+        )
+    except OSError:  # longer than a name can be
+        leads_out = True
+    if leads_out:
         raise StoreError(
             f"{folder}: the manifest names the file {name!r}, which is not a plain file of this folder. "
             "Files outside are never read."

@@ -112,7 +112,7 @@ class OpenJournal:
             files = write_tables(self.folder, result)
             self.manifest |= {"state": "finished", "provenance": plain(result.provenance), "files": files}
             write_manifest(self.folder, _stated(self.manifest))
-        except OSError as error:
+        except (OSError, UnicodeEncodeError) as error:
             raise _unwritable(self.folder, len(self.kept), error) from error
         _remove_parts(self.folder)
 
@@ -181,7 +181,7 @@ def _check_foreign(folder: Path) -> None:
 def _check_same(folder: Path, manifest: dict[str, Any], identity: dict[str, Any], asked: Journal) -> None:
     """Raise where a folder's run is not the one that is asked for, naming every difference."""
     run = manifest["run"]
-    if not isinstance(run, dict) or set(run) != {"identity", "size", "sessions"}:
+    if not _is_run(run):
         raise StoreError(
             f"{folder} holds a saved result, not a run: there is nothing to go on with. Read it with "
             "SweepResult.load, or give another folder."
@@ -200,6 +200,20 @@ def _check_same(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]
             f"{folder} holds another run, and nothing of it is changed. Give another folder, or the "
             "arguments of that run. They differ in:\n" + "\n".join(different)
         )
+
+
+def _is_run(run: Any) -> bool:
+    """Whether a manifest's ``run`` is what :func:`_opened` puts there."""
+    return (
+        isinstance(run, dict)
+        and set(run) == {"identity", "size", "sessions"}
+        and isinstance(run["identity"], dict)
+        and isinstance(run["size"], dict)
+        and set(run["size"]) == {"pairs", "cells"}
+        and all(isinstance(count, int) and count > 0 for count in run["size"].values())
+        and isinstance(run["sessions"], list)
+        and all(isinstance(s, dict) and isinstance(s.get("environment"), dict) for s in run["sessions"])
+    )
 
 
 def _flat(entries: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -238,7 +252,7 @@ def _note_session(folder: Path, manifest: dict[str, Any], environment: dict[str,
         for path in (*folder.glob(".*.tmp"), *(folder / PARTS).glob(".*.tmp")):
             path.unlink()  # what a killed process was writing
         write_manifest(folder, _stated(manifest))
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         raise _unwritable(folder, 0, error) from error
 
 
@@ -293,8 +307,8 @@ def _remove_parts(folder: Path) -> None:
         to_disk(folder)
 
 
-def _unwritable(folder: Path, kept: int, error: OSError) -> StoreError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _unwritable(folder: Path, kept: int, error: OSError | UnicodeEncodeError) -> StoreError:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full else f"the folder cannot be written: {error}"
     return StoreError(
         f"{folder}: {what}. The {kept} units that were finished are safe. "

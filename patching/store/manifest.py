@@ -45,8 +45,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: written in format {version} by a newer version of patching; this one reads formats "
             f"up to {VERSION}. Upgrade with: pip install --upgrade patching"
         )
-    _check(path, entries)
-    return _loose(entries)
+    try:
+        _check_sum(path, entries)
+        entries = _loose(entries)
+    except RecursionError as error:
+        raise StoreError(f"{path}: not a manifest: what it says is nested too deep.") from error
+    _check_kinds(path, entries)
+    return entries
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -62,23 +67,27 @@ def _json(path: Path) -> dict[str, Any]:
     return entries
 
 
-def _check(path: Path, entries: dict[str, Any]) -> None:
-    """Raise where keys, types or the checksum are not those of a manifest."""
-    found, version = set(entries), entries.get("version")
+def _check_sum(path: Path, entries: dict[str, Any]) -> None:
+    """Raise where the keys or the checksum are not those of a manifest; take the checksum out."""
+    found = set(entries)
     if found != KEYS:
         odd = [f"unknown key {key!r}" for key in sorted(found - KEYS)]
         odd += [f"no {key!r}" for key in sorted(KEYS - found)]
         raise StoreError(f"{path}: not a manifest: {', '.join(odd)}.")
-    kinds: dict[str, Any] = {"run": (dict, type(None)), "result": dict, "provenance": dict, "files": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(entries[key], kind)]
-    if wrong or version != VERSION or isinstance(version, bool) or entries["state"] not in STATES:
-        raise StoreError(f"{path}: not a manifest: unexpected content under {', '.join(wrong) or 'state'}.")
-    stated = entries.pop("checksum")
-    if stated != sha256(canonical(entries)):
+    if entries.pop("checksum") != sha256(canonical(entries)):
         raise StoreError(
             f"{path}: its content does not agree with its checksum: it was changed after it was written. "
             "Restore the folder from a copy, or run the sweep again."
         )
+
+
+def _check_kinds(path: Path, entries: dict[str, Any]) -> None:
+    """Raise where what stands under the keys is not what stands there in a manifest."""
+    kinds: dict[str, Any] = {"run": (dict, type(None)), "result": dict, "provenance": dict, "files": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(entries[key], kind)]
+    version = entries["version"]
+    if wrong or version != VERSION or isinstance(version, bool) or entries["state"] not in STATES:
+        raise StoreError(f"{path}: not a manifest: unexpected content under {', '.join(wrong) or 'state'}.")
 
 
 def read_files(folder: Path, files: Mapping[str, Any], names: Sequence[str]) -> list[bytes]:

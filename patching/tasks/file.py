@@ -91,7 +91,9 @@ def _check_shape(raw: dict, problems: list[str]) -> None:
 def _check_rows(name: str, entry: dict, problems: list[str]) -> None:
     columns, where = entry["columns"], f"[words.{name}]"
     texts(columns, f"{where} columns", problems)
-    if entry.get("key", columns[0] if columns else "") not in columns:
+    if not columns:
+        problems.append(f"{where}: columns is empty; name at least one.")
+    elif entry.get("key", columns[0]) not in columns:
         problems.append(f"{where}: {unknown('key', entry['key'], columns)}")
     for row in entry["rows"]:
         if not isinstance(row, list) or len(row) != len(columns):
@@ -181,14 +183,22 @@ class _Parser:
         return Ref(slot, column or (words.columns[0] if words else ""))
 
     def numbers(self, words: WordList | None, column: str, where: str) -> None:
-        strange = [row[column] for row in words.rows if not row.get(column, "").isdecimal()] if words else []
+        if words is None or column not in words.columns:
+            return  # which has been noted
+        strange = [row[column] for row in words.rows if not row[column].isdecimal()]
         if strange:
             self.problems.append(f"{where}: above and up_to compare numbers, but there are words {strange}.")
 
     def answer(self, entry: Mapping, where: str) -> AnswerRule:
         kinds = [kind for kind in ANSWER_KINDS if kind in entry]
         picks = len(kinds) == 1 and kinds[0] not in ("clean", "corrupted")
-        if len(kinds) != 1 or entry.keys() - {*kinds, "words"} or ("words" in entry) != picks:
+        are_names = all(isinstance(name, str) for name in entry.values())
+        if (
+            len(kinds) != 1
+            or entry.keys() - {*kinds, "words"}
+            or ("words" in entry) != picks
+            or not are_names
+        ):
             self.problems.append(
                 f"{where}: expected {{ clean = SLOT }}, {{ corrupted = SLOT }} or {{ words = LIST, "
                 f"{' | '.join(ANSWER_KINDS[2:])} = SLOT }}, got {dict(entry)!r}."
