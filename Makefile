@@ -27,7 +27,8 @@ help:
 	@echo "make bench      time a sweep against one whole forward per site"
 	@echo "make bench-peers  time a sweep against other tools, in an environment of their own"
 	@echo "make soak       kill a long sweep until it is done, and compare its bits (minutes)"
-	@echo "make fuzz       feed the readers of files with anything; FUZZ_EXAMPLES=20000 for each"
+	@echo "make fuzz       feed the readers of files with anything: FUZZ_EXAMPLES=20000 inputs for each by"
+	@echo "                properties, then FUZZ_RUNS=100000 by coverage, where there is atheris"
 	@echo "make clean      remove the environments and everything built"
 	@echo "Each makes the environment it needs. More arguments: ARGS='-k sweep'"
 
@@ -64,8 +65,12 @@ soak: $(VENV)/.installed
 	$(VENV)/bin/python experiments/soak.py $(ARGS)
 
 fuzz: export FUZZ_EXAMPLES ?= 20000
-fuzz: $(VENV)/.installed
+fuzz: FUZZ_RUNS ?= 100000
+fuzz: $(VENV)/.fuzz
 	$(VENV)/bin/python -m pytest -n auto -q tests/test_fuzz.py $(ARGS)
+	@if $(VENV)/bin/python -c "import atheris" 2>/dev/null; then \
+		OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fuzz.py --runs $(FUZZ_RUNS); \
+	else echo "There is no atheris for this system or Python: nothing was fuzzed by coverage."; fi
 
 clean:
 	rm -rf $(VENV) $(VENV_TL4) $(VENV_PEERS) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -73,6 +78,10 @@ clean:
 # The stamp is written last: an install that was cut short is done again, a finished one costs nothing.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call INSTALL,$(VENV),.[test$(,)dev],constraints.txt)
+
+# Nothing where atheris has no wheel: the extra asks for none there.
+$(VENV)/.fuzz: $(VENV)/.installed
+	$(call INSTALL,$(VENV),.[fuzz],constraints.txt)
 
 $(VENV_TL4)/.installed: pyproject.toml constraints-tl4.txt
 	$(call INSTALL,$(VENV_TL4),.[test],constraints-tl4.txt)
