@@ -26,6 +26,7 @@ from random_pairs import FourMembers, SquaredLogit, ragged_dataset, random_datas
 from patching import ActivationPatcher, PromptPairDataset, Site
 from patching.engine import exact, resume
 from patching.errors import PatchingWarning
+from patching.models.block import Block
 
 LENGTH, FIRST, LAST_LAYER = 6, 2, 2
 SHARP = dict(dtype=torch.float64, d_mlp=6)
@@ -396,16 +397,29 @@ def test_max_rows_changes_nothing(replacement):
         assert tally.whole == 0
 
 
+def uncounted(function, counts):
+    """The same function, which leaves a list as it was."""
+
+    def called(*args):
+        before = [*counts]
+        result = function(*args)
+        counts[:] = before
+        return result
+
+    return called
+
+
 @pytest.mark.parametrize("max_rows", [1, 2, 5, 6])
 def test_no_forward_has_more_rows_than_allowed(any_model, max_rows, monkeypatch):
     waves, batches = [], []
-    run_wave = resume.run_wave
+    run = Block.run
 
-    def counted(blocks, replacement, wave, base, **options):
-        waves.append(len(wave.patches) * len(wave.rows))
-        return run_wave(blocks, replacement, wave, base, **options)
+    def counted(block, resid_pre, *more):
+        waves.append(resid_pre.shape[0] * resid_pre.shape[1])
+        return run(block, resid_pre, *more)
 
-    monkeypatch.setattr(resume, "run_wave", counted)
+    monkeypatch.setattr(resume, "residuals", uncounted(resume.residuals, waves))
+    monkeypatch.setattr(Block, "run", counted)
     request = request_of(
         any_model, pairs_of(any_model, 3), ["z", "hook_embed"], ("pos",), max_rows=max_rows,
         positions=[2, 4],
@@ -425,14 +439,14 @@ def test_no_forward_has_more_rows_than_allowed(any_model, max_rows, monkeypatch)
 
 @pytest.mark.parametrize("limit", [1, 2, 7])
 def test_out_of_memory_halves_the_rows(any_model, limit, monkeypatch):
-    run_wave = resume.run_wave
+    run_waves = resume.run_waves
 
-    def small_only(blocks, replacement, wave, base, **options):
-        if len(wave.patches) * len(wave.rows) > limit:
+    def small_only(blocks, replacement, waves, base, **options):
+        if sum(len(wave.patches) * len(wave.rows) for wave in waves) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run_wave(blocks, replacement, wave, base, **options)
+        return run_waves(blocks, replacement, waves, base, **options)
 
-    monkeypatch.setattr(resume, "run_wave", small_only)
+    monkeypatch.setattr(resume, "run_waves", small_only)
     compare_resumed(any_model, pairs_of(any_model, 5), ["z", "v"], ("layer", "pos"), positions=[2, 4])
 
 

@@ -26,7 +26,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from patching.engine import resume
 from patching.models import face_of
+from patching.models.affine import Affine
 from patching.models.face import keeping
 from patching.sites import ACTIVATIONS
 
@@ -215,6 +217,39 @@ def test_nothing_is_left_of_what_stood_at_resid_mid(name):
     resid_post, mlp_out = after_writing(bridge_of(BRIDGED[name](), torch.float32), written)
     assert mlp_out.abs().max() > 1e-4
     assert torch.equal(resid_post, written + mlp_out)
+
+
+# Weights that are laid out for many rows
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Packs the weights of every layer, however few its rows; every weight that is packed."""
+    used = []
+    pack = Affine._packed.func
+
+    def counted(affine):
+        used.append(affine.weight)
+        return pack(affine)
+
+    counting = functools.cached_property(counted)
+    counting.__set_name__(Affine, "_packed")
+    monkeypatch.setattr(Affine, "_packed", counting)
+    monkeypatch.setattr(resume, "MANY", 1)
+    return used
+
+
+@needs_hooked
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooked_packed(name, packed):
+    hold(hooked(**HOOKED[name]), compare_resumed)
+    assert packed
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+def test_bridged_packed(name, packed):
+    hold(bridge_of(BRIDGED[name](), torch.float32), compare_resumed)
+    assert packed
 
 
 # What cannot be resumed

@@ -208,7 +208,7 @@ def test_no_memory_for_one_row_is_an_error(model, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(resume, "run_wave", never)
+        patched.setattr(resume, "run_waves", never)
         with pytest.raises(torch.OutOfMemoryError):
             sweep(model, "z", ("layer",))
     compare_resumed(model, pairs_of(model), "z", ("layer", "pos"))

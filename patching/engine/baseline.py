@@ -45,6 +45,7 @@ def unpatched(
     names, pairs = request.grid.hook_points(), request.indices(rows)
     own = request.replacement.reads is not None and not request.replacement.across_pairs
     hooks = [] if request.scorer.reads == "all" or whole else request.model.last_only()
+    # In one batch the two would not be bit for bit alike where nothing differs between the prompts.
     source_logits, source = request.model.cache(request.source(rows), names if own else [], hooks)
     kept = [*dict.fromkeys([*names, *also])]
     base_logits, live = request.model.cache(request.base(rows), kept, [*request.base_hooks(rows), *hooks])

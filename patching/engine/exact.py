@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patching.engine import resume, whole
 from patching.engine.baseline import Unpatched, as_numpy, pairs_at_once, shared_values, unpatched
-from patching.engine.plan import Group, Patch, Wave, groups, waves
+from patching.engine.plan import Group, Patch, Wave, abreast, groups, waves
 from patching.engine.readout import score_rows
 from patching.engine.reference import Step
 from patching.engine.request import Outcome, Request, chunks
@@ -107,48 +107,57 @@ def _waves(
     blocks = blocks_of(request.model)
     ordered = resume.order(request.replacement, blocks, resumable)
 
-    def resumed(wave: Wave) -> Tensor:
+    def resumed(together: Sequence[Wave]) -> list[Tensor]:
         assert base is not None
-        here = base.of([group.rows.index(row) for row in wave.rows])
-        final = resume.run_wave(blocks, request.replacement, wave, here, end_only=end_only)
-        numbers = request.indices(wave.rows)
-        return score_rows(request, runs.scorer, numbers, final, here.resid_pre[-1])
+        rows = together[0].rows
+        here = base.of([group.rows.index(row) for row in rows])
+        finals = resume.run_waves(blocks, request.replacement, together, here, end_only=end_only)
+        numbers = request.indices(rows)
+        return [score_rows(request, runs.scorer, numbers, final, here.resid_pre[-1]) for final in finals]
 
-    def from_start(wave: Wave) -> Tensor:
-        places = [group.rows.index(row) for row in wave.rows]
+    def from_start(together: Sequence[Wave]) -> list[Tensor]:
+        places = [group.rows.index(row) for row in together[0].rows]
         values = {name: value[places] for name, value in runs.values.items()}
-        return whole.run_wave(request, wave, values, runs.scorer, request.indices(wave.rows))
+        numbers = request.indices(together[0].rows)
+        return [whole.run_wave(request, wave, values, runs.scorer, numbers) for wave in together]
 
-    for wave in waves(group, ordered, limit):
-        yield from _in_memory(wave, resumed)
-        tally.resumed += len(wave.patches) * len(wave.rows)
+    for together in abreast(waves(group, ordered, limit), limit * (group.length - group.first)):
+        yield from _in_memory(together, resumed)
+        tally.resumed += sum(len(wave.patches) * len(wave.rows) for wave in together)
     rest = [replace(p, start=0) for p in patches if p not in set(resumable)]
     for wave in waves(group, rest, max(1, min(limit, pairs_at_once(request, group.rows)))):
-        yield from _in_memory(wave, from_start)
+        yield from _in_memory([wave], from_start)
         tally.whole += len(wave.patches) * len(wave.rows)
     if rest and reason:
         tally.reasons.append(reason)
 
 
-def _in_memory(wave: Wave, run: Callable[[Wave], Tensor]) -> Iterator[tuple[Wave, Tensor]]:
-    """Run a wave; where memory runs out, its halves."""
+def _in_memory(
+    together: Sequence[Wave], run: Callable[[Sequence[Wave]], list[Tensor]]
+) -> Iterator[tuple[Wave, Tensor]]:
+    """Run waves together; where memory runs out, half of them at a time, and then halves of one."""
     try:
-        yield wave, run(wave)
+        yield from zip(together, run(together), strict=True)
         return
     except RuntimeError as error:
-        if "memory" not in str(error).lower() or len(wave.patches) * len(wave.rows) == 1:
+        one_row = len(together) == 1 and len(together[0].patches) * len(together[0].rows) == 1
+        if "memory" not in str(error).lower() or one_row:
             raise
-    for half in _halves(wave):
+    for half in _halves(together):
         yield from _in_memory(half, run)
 
 
-def _halves(wave: Wave) -> tuple[Wave, Wave]:
-    """A wave as two, with half of its patches each; with half of its pairs where it has one patch."""
+def _halves(together: Sequence[Wave]) -> tuple[Sequence[Wave], Sequence[Wave]]:
+    """Waves in two halves; one wave as two with half of its patches each, or of its pairs if it has one."""
+    if len(together) > 1:
+        at = len(together) // 2
+        return together[:at], together[at:]
+    [wave] = together
     if len(wave.patches) > 1:
         at = len(wave.patches) // 2
-        return replace(wave, patches=wave.patches[:at]), replace(wave, patches=wave.patches[at:])
+        return [replace(wave, patches=wave.patches[:at])], [replace(wave, patches=wave.patches[at:])]
     at = len(wave.rows) // 2
-    return replace(wave, rows=wave.rows[:at]), replace(wave, rows=wave.rows[at:])
+    return [replace(wave, rows=wave.rows[:at])], [replace(wave, rows=wave.rows[at:])]
 
 
 def _inside_blocks(patch: Patch) -> bool:
@@ -201,7 +210,9 @@ def rows_in_memory(request: Request, group: Group) -> int:
     """Rows whose activations fit in :data:`WAVE_BYTES`."""
     model, positions = request.model, group.length - min(group.first, group.length - 1)
     d_model, d_mlp = int(model.cfg.d_model), model.shape.d_mlp or 0
-    width = 10 * d_model + 2 * d_mlp + 3 * model.n_heads * group.length
+    width = 3 * d_model  # on a CPU, where a layer is taken in steps, all else is a step's
+    if model.device.type != "cpu":
+        width = 10 * d_model + 2 * d_mlp + 3 * model.n_heads * group.length
     return max(1, WAVE_BYTES // (positions * width * model.dtype.itemsize))
 
 

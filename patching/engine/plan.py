@@ -40,8 +40,15 @@ class Wave:
     rows: tuple[int, ...]
     start: int
     patches: tuple[Patch, ...]
+    length: int
+    """Tokens of each run."""
     following: int = 0
     """Tokens behind the prompt, which no patch writes or attends to."""
+
+    @property
+    def positions(self) -> int:
+        """Positions of all rows, from the start on."""
+        return len(self.patches) * len(self.rows) * (self.length - self.start)
 
 
 @dataclass(frozen=True)
@@ -141,5 +148,24 @@ def waves(group: Group, patches: Sequence[Patch], max_rows: int) -> list[Wave]:
         for start, members in sorted(starts.items()):
             ordered = sorted(members, key=lambda patch: patch.layer)
             for i in range(0, len(ordered), size):
-                packed.append(Wave(rows, start, tuple(ordered[i : i + size]), group.following))
+                some = tuple(ordered[i : i + size])
+                packed.append(Wave(rows, start, some, group.length, group.following))
     return packed
+
+
+def abreast(packed: Sequence[Wave], positions: int) -> list[tuple[Wave, ...]]:
+    """Waves of the same pairs that travel together, their rows ``positions`` long in all at the most.
+
+    A wave that is longer by itself travels alone.
+    """
+    together: list[list[Wave]] = []
+    room = 0
+    for wave in packed:
+        size = wave.positions
+        if together and together[-1][0].rows == wave.rows and size <= room:
+            together[-1].append(wave)
+            room -= size
+        else:
+            together.append([wave])
+            room = positions - size
+    return [tuple(waves) for waves in together]

@@ -5,6 +5,7 @@ Slow and plain on purpose. Every faster engine is checked against this one.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -32,24 +33,25 @@ def run(request: Request, step: Step = lambda n: None) -> Outcome:
             here = {name: value[list(places)] for name, value in shared.items()}
             runs = unpatched(request, batch, here, whole=True)
             outcome.clean[batch], outcome.corrupted[batch] = runs.clean, runs.corrupted
-            run_cell = CellRunner(request, batch, runs.values)
+            cells = CellRunner(request, batch, runs.values)
             for number, cell in enumerate(request.grid.cells):
                 if cell:
-                    outcome.cells[number, batch] = _scores(run_cell, cell, runs.scorer)
+                    outcome.cells[number, batch] = _scores(cells, cell, runs.scorer)
                     step(len(batch))
     return outcome
 
 
-def _scores(run_cell: "CellRunner", cell: Cell, scorer: Scorer) -> np.ndarray:
+def _scores(cells: "CellRunner", cell: Cell, scorer: Scorer) -> np.ndarray:
     """The metric of every pair, NaN for pairs that lack one of the cell's sites."""
-    there = run_cell.there(cell)
+    there = cells.there(cell)
     if not any(there):
         return np.full(len(there), math.nan)
-    return np.where(there, as_numpy(scorer(run_cell(cell), run_cell.numbers)), math.nan)
+    [logits] = cells.run([cell])
+    return np.where(there, as_numpy(scorer(logits, cells.numbers)), math.nan)
 
 
 class CellRunner:
-    """Runs one batch of pairs of equal length with the sites of a cell patched."""
+    """Runs one batch of pairs of equal length with the sites of cells patched."""
 
     def __init__(self, request: Request, batch: Sequence[int], values: dict[str, Tensor]) -> None:
         self.model = request.model
@@ -57,45 +59,48 @@ class CellRunner:
         self.pairs = [request.pairs[row] for row in batch]
         self.numbers = request.indices(batch)
         self.tokens = request.base(batch)
-        self.base_hooks = request.base_hooks(batch)
+        self.base_hooks = partial(request.base_hooks, batch)
         self.values = values
 
     def there(self, cell: Cell) -> list[bool]:
         """The pairs that have every site of a cell."""
         return [all(s.positions(len(p), p.roles) is not None for s in cell) for p in self.pairs]
 
-    def __call__(self, cell: Cell) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of one whole forward pass with the cell's sites written, in the pairs that have them."""
+    def run(self, cells: Sequence[Cell]) -> tuple[Float[Tensor, "batch pos d_vocab"], ...]:
+        """Logits with each cell's sites written, in the pairs that have them.
+
+        All from one whole forward pass, in which every cell has rows of its own: give one for the plainest.
+        """
         fired: dict[str, int] = {}
-        hooks: list[Hook] = [*self.base_hooks]
-        for hook_point in sorted(
-            {site.hook_point for site in cell}
-        ):  # resid_mid before resid_post: a Bridge writes there for both
-            sites = [site for site in cell if site.hook_point == hook_point]
-            hooks += self.model.writers(hook_point, self._writer(hook_point, sites, fired))
-        logits = self.model.logits(self.tokens, hooks)
-        missed = [h for h in {site.hook_point for site in cell} if fired.get(h) != 1]
+        hooks: list[Hook] = [*self.base_hooks(copies=len(cells))]
+        hook_points = {site.hook_point for cell in cells for site in cell}
+        for hook_point in sorted(hook_points):  # resid_mid before resid_post: a Bridge writes there for both
+            hooks += self.model.writers(hook_point, self._writer(hook_point, cells, fired))
+        logits = self.model.logits(self.tokens.repeat(len(cells), 1), hooks)
+        missed = [hook_point for hook_point in hook_points if fired.get(hook_point) != 1]
         if missed:
             counts = ", ".join(f"{name} ({fired.get(name, 0)} times)" for name in sorted(missed))
             raise SiteError(f"a patched hook point must fire exactly once in a forward pass: {counts}.")
-        return logits
+        return logits.split(len(self.pairs))
 
     def _writer(
-        self, hook_point: str, sites: Sequence[Site], fired: dict[str, int]
+        self, hook_point: str, cells: Sequence[Cell], fired: dict[str, int]
     ) -> Callable[[Tensor], Tensor]:
         def write(activation: Tensor) -> Tensor:
             fired[hook_point] = fired.get(hook_point, 0) + 1
-            written = activation.clone()
-            for site in sites:
-                self._write(site, activation, written)
+            written, n_pairs = activation.clone(), len(self.pairs)
+            for number, cell in enumerate(cells):
+                rows = slice(number * n_pairs, (number + 1) * n_pairs)
+                for site in cell:
+                    if site.hook_point == hook_point:
+                        check_layout(site, activation, n_pairs * len(cells), self.tokens.shape[1])
+                        self._write(site, activation[rows], written[rows])
             return written
 
         return write
 
     def _write(self, site: Site, live: Tensor, written: Tensor) -> None:
         """Write a site, given what the run holds there: what other sites of the cell wrote is not read."""
-        batch, length = self.tokens.shape
-        check_layout(site, live, batch, length)
         values = self.values.get(site.hook_point)
         prompt, following = len(self.pairs[0]), len(self.pairs[0].following)
         live, written = (within_prompt(site, of, following) for of in (live, written))

@@ -2,8 +2,9 @@
 
 A wave travels down the layers. Its rows are ``[cell, pair]``, hold the positions from the wave's
 start to the end of the prompt, and join at the layer of their own first site. What lies before the
-start is the base run's and is shared by all rows of a pair. A metric that reads the last position
-needs the last layer at that position only.
+start is the base run's and is shared by all rows of a pair. Waves of the same pairs travel abreast, so
+that a layer's weights are laid out, and the base run's keys and values computed, once for all of them.
+A metric that reads the last position needs the last layer at that position only.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +18,15 @@ from torch import Tensor
 from patching.engine.plan import Patch, Wave
 from patching.engine.writes import LayerWrites, Writes, gather, inner
 from patching.interventions import Custom, Replacement
-from patching.models.block import Block, NoEdit
+from patching.models.block import Block, NoEdit, Past
 from patching.sites import Site
 
 Blocks = Callable[[int], Block]
 
 CACHE_BYTES = 2**23
 """The widest activation of one step down a layer on a CPU."""
+MANY = 1024
+"""Positions of rows from which on laying out a layer's weights for them is worth its time."""
 
 MID = ("z", "result", "attn_out", "resid_mid")
 """Activations that move the residual stream before the MLP by a vector known in advance."""
@@ -82,39 +85,70 @@ def residuals(
     return resid_pre, resid_mid
 
 
-def run_wave(
-    blocks: Blocks, replacement: Replacement, wave: Wave, base: Base, *, end_only: bool
-) -> Float[Tensor, "cell pair pos d_model"]:
-    """The final residual stream of every patch of a wave in each pair of ``base``.
+class _Travelling:
+    """A wave on its way down: the rows of its patches, those that have joined first."""
 
-    Positions are those from the wave's start on; with ``end_only`` only the last one is right.
+    def __init__(self, blocks: Blocks, replacement: Replacement, wave: Wave, base: Base) -> None:
+        pairs, length, d_model = base.resid_pre[0].shape
+        self.wave, self.base, self.replacement = wave, base, replacement
+        self.rows = base.resid_pre[0].new_empty(len(wave.patches), pairs, length - wave.start, d_model)
+        self.writes = Writes(replacement, _through(blocks, replacement, wave), base.values, wave.following)
+        self.joined = 0
+
+    @property
+    def positions(self) -> int:
+        """Positions of all rows that have joined."""
+        return self.joined * self.rows[0].numel() // self.rows.shape[-1]
+
+    def join(self, layer: int, block: Block) -> list[list[Patch]]:
+        """Take in the patches that run through a layer; those that step in behind it are returned."""
+        entering, stepping = _joining(self.replacement, block, self.wave, layer)
+        self.rows[self.joined : self.joined + len(entering)] = self.base.resid_pre[layer][
+            :, self.wave.start :
+        ]
+        self.joined += len(entering)
+        return stepping
+
+    def down(self, layer: int, block: Block, past: Past, queries: int | None) -> None:
+        """Take the rows that have joined through a layer, some cells at a time."""
+        positions = self.rows.shape[2]
+        queries = positions if queries is None else queries
+        edit = LayerWrites(self.writes, layer)
+        for some in _steps(self.joined, self.rows[0].numel() // self.rows.shape[-1], block, self.rows):
+            out = block.run(self.rows[some], past, edit.of(some), queries)
+            self.rows[some, :, positions - queries :] = out
+
+    def step_in(self, layer: int, block: Block, patches: Sequence[Patch]) -> None:
+        """Take in patches that move the residual stream by a known vector, behind the layer."""
+        fresh = self.rows[self.joined : self.joined + len(patches)]
+        fresh[:] = self.base.resid_pre[layer + 1][:, self.wave.start :]
+        positions = [position - self.wave.start for position in patches[0].sites[0][1]]
+        fresh[:, :, positions] = _step_in(self.replacement, block, layer, patches, self.base)
+        self.joined += len(patches)
+
+
+def run_waves(
+    blocks: Blocks, replacement: Replacement, waves: Sequence[Wave], base: Base, *, end_only: bool
+) -> list[Float[Tensor, "cell pair pos d_model"]]:
+    """The final residual stream of every patch of each wave, in each pair of ``base``.
+
+    Positions are those from a wave's start on; with ``end_only`` only the last one is right.
     """
-    n_layers = len(base.resid_mid)
-    pairs, length, d_model = base.resid_pre[0].shape
-    rows = base.resid_pre[0].new_empty(len(wave.patches), pairs, length - wave.start, d_model)
-    writes = Writes(replacement, _through(blocks, replacement, wave), base.values, wave.following)
-    joined = 0
-    for layer in range(wave.patches[0].layer, n_layers):
+    n_layers, latest = len(base.resid_mid), max(wave.start for wave in waves)
+    travelling = [_Travelling(blocks, replacement, wave, base) for wave in waves]
+    for layer in range(min(wave.patches[0].layer for wave in waves), n_layers):
         block = blocks(layer)
-        entering, stepping = _joining(replacement, block, wave, layer)
-        rows[joined : joined + len(entering)] = base.resid_pre[layer][:, wave.start :]
-        joined += len(entering)
-        if joined:
+        stepping = [wave.join(layer, block) for wave in travelling]
+        if positions := sum(wave.positions for wave in travelling):
+            block = block.for_many() if positions >= MANY else block
             last = end_only and layer == n_layers - 1 and not isinstance(replacement, Custom)
-            queries = 1 if last else rows.shape[2]
-            past = block.keys_values(base.resid_pre[layer][:, : wave.start])
-            edit = LayerWrites(writes, layer)
-            rest = rows.shape[2] - queries
-            for some in _steps(joined, rows[0].numel() // d_model, block, rows):
-                out = block.run(rows[some], past, edit.of(some), queries)
-                rows[some, :, rest:] = out
-        for patches in stepping:
-            fresh = rows[joined : joined + len(patches)]
-            fresh[:] = base.resid_pre[layer + 1][:, wave.start :]
-            positions = [position - wave.start for position in patches[0].sites[0][1]]
-            fresh[:, :, positions] = _step_in(replacement, block, layer, patches, base)
-            joined += len(patches)
-    return rows
+            past = block.keys_values(base.resid_pre[layer][:, :latest])
+            for wave in travelling:
+                wave.down(layer, block, past.until(wave.wave.start), 1 if last else None)
+        for wave, groups in zip(travelling, stepping, strict=True):
+            for patches in groups:
+                wave.step_in(layer, block, patches)
+    return [wave.rows for wave in travelling]
 
 
 def _steps(joined: int, tokens: int, block: Block, rows: Tensor) -> list[slice]:

@@ -10,8 +10,8 @@ all positions of the prompt.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from patching.models.affine import Affine
 
 Function = Callable[[Tensor], Tensor]
 Rotate = Callable[[Float[Tensor, "row pos head d_head"], int], Float[Tensor, "row pos head d_head"]]
@@ -79,6 +81,10 @@ class Past:
     def __len__(self) -> int:
         return self.keys.shape[1]
 
+    def until(self, start: int) -> "Past":
+        """What lies before a position."""
+        return Past(self.keys[:, :start], self.values[:, :start])
+
 
 @dataclass(frozen=True)
 class MLP:
@@ -93,17 +99,30 @@ class MLP:
     """The second input matrix of a gated MLP, whose product multiplies ``act(pre)``."""
     b_post: Float[Tensor, " d_mlp"] | None = None
     """Added after the gate is multiplied in."""
+    often: bool = False
+    """Whether very many rows are to come (:class:`~patching.models.affine.Affine`)."""
+
+    @cached_property
+    def _pre(self) -> Affine:
+        return Affine(self.W_pre, self.b_pre, often=self.often)
+
+    @cached_property
+    def _linear(self) -> Affine | None:
+        return None if self.W_linear is None else Affine(self.W_linear, None, often=self.often)
+
+    @cached_property
+    def _out(self) -> Affine:
+        return Affine(self.W_out, self.b_out, often=self.often)
 
     def __call__(
         self, x: Float[Tensor, "cell pair pos d_model"], edit: Edit, first: int
     ) -> Float[Tensor, "cell pair pos d_model"]:
-        pre = edit("pre", affine(x, self.W_pre, self.b_pre), first)
-        post = self.act(pre)
-        if self.W_linear is not None:
-            post = post * (x @ self.W_linear)
+        post = self.act(edit("pre", self._pre(x), first))
+        if self._linear is not None:
+            post = post * self._linear(x)
         if self.b_post is not None:
             post = post + self.b_post
-        return affine(edit("post", post, first), self.W_out, self.b_out)
+        return self._out(edit("post", post, first))
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,8 @@ class Attention:
     """Shortformer: position embeddings added to what queries and keys read, but not values."""
     softmax_in: torch.dtype | None = None
     """The precision of the softmax, where it is not the model's own."""
+    often: bool = False
+    """Whether very many rows are to come (:class:`~patching.models.affine.Affine`)."""
 
     @property
     def n_heads(self) -> int:
@@ -145,24 +166,44 @@ class Attention:
         return self.W_Q.shape[2]
 
     @cached_property
-    def W_QKV(self) -> tuple[Tensor, ...]:  # noqa: N802 - TransformerLens' name for such matrices
-        """Query, key and value matrices ``[d_model, heads * d_head]``, as parts of one matrix."""
-        wide = [W.transpose(0, 1).flatten(1) for W in (self.W_Q, self.W_K, self.W_V)]
-        return torch.cat(wide, dim=1).split([W.shape[1] for W in wide], dim=1)
+    def W_QKV(self) -> Tensor:  # noqa: N802 - TransformerLens' name for such matrices
+        """Query, key and value matrices side by side, ``[d_model, (heads + 2 * kv_heads) * d_head]``."""
+        return torch.cat([W.transpose(0, 1).flatten(1) for W in (self.W_Q, self.W_K, self.W_V)], dim=1)
+
+    @cached_property
+    def _qkv(self) -> Affine | None:
+        """Queries, keys and values in one product, where they read the same and all have a bias or none."""
+        biases = [b.flatten() for b in (self.b_Q, self.b_K, self.b_V) if b is not None]
+        if self.to_qk is not None or len(biases) not in (0, 3):
+            return None
+        return Affine(self.W_QKV, torch.cat(biases) if biases else None, often=self.often)
+
+    @cached_property
+    def _each(self) -> tuple[Affine, ...]:
+        """Queries, keys and values in a product each."""
+        parts = self.W_QKV.split(self._widths, dim=1)
+        biases = [None if b is None else b.flatten() for b in (self.b_Q, self.b_K, self.b_V)]
+        return tuple(Affine(*part, often=self.often) for part in zip(parts, biases, strict=True))
+
+    @cached_property
+    def _out(self) -> Affine:
+        return Affine(self.W_O.flatten(0, 1), self.b_O, often=self.often)
+
+    @property
+    def _widths(self) -> list[int]:
+        return [heads * self.d_head for heads in (self.n_heads, self.n_kv, self.n_kv)]
 
     def qkv(
         self, x: Float[Tensor, "cell pair pos d_model"], first: int, queries: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the last ``queries`` positions, keys and values of all, by head."""
         rest = x.shape[-2] - queries
-        k_in = x if self.to_qk is None else x + self.to_qk[first : first + x.shape[-2]]
-        biases = [None if b is None else b.flatten() for b in (self.b_Q, self.b_K, self.b_V)]
-        given = [bias for bias in biases if bias is not None]
-        if rest == 0 and self.to_qk is None and len(given) == 3:
-            q, k, v = _joint(x, self.W_QKV, given)
+        if rest == 0 and self._qkv is not None:
+            q, k, v = self._qkv(x).split(self._widths, dim=-1)
         else:
+            k_in = x if self.to_qk is None else x + self.to_qk[first : first + x.shape[-2]]
             inputs = (k_in[..., rest:, :], k_in, x)
-            q, k, v = (affine(*of) for of in zip(inputs, self.W_QKV, biases, strict=True))
+            q, k, v = (affine(of) for affine, of in zip(self._each, inputs, strict=True))
         heads = (self.n_heads, self.d_head), (self.n_kv, self.d_head)
         return q.unflatten(-1, heads[0]), k.unflatten(-1, heads[1]), v.unflatten(-1, heads[1])
 
@@ -232,7 +273,7 @@ class Attention:
 
     def out(self, z: Tensor, edit: Edit, first: int) -> Float[Tensor, "cell pair pos d_model"]:
         """What the heads write together, with patches of single heads' results."""
-        attn_out = affine(z.flatten(-2), self.W_O.flatten(0, 1), self.b_O)
+        attn_out = self._out(z.flatten(-2))
         if edit.wants("result"):
             result = torch.einsum("cpshd,hdm->cpshm", z, self.W_O)
             attn_out = attn_out + (edit("result", result.clone(), first) - result).sum(-2)
@@ -267,6 +308,11 @@ class Block:
     after_attention: Function | None = None
     """A norm between the attention's output and the residual stream (Gemma 2)."""
     after_mlp: Function | None = None
+
+    def for_many(self) -> "Block":
+        """The same block, ready for very many rows."""
+        mlp = None if self.mlp is None else replace(self.mlp, often=True)
+        return replace(self, attention=replace(self.attention, often=True), mlp=mlp)
 
     def run(
         self,
@@ -317,17 +363,3 @@ class Block:
         """Keys and values of whole runs, from what enters the block."""
         _, k, v = self.attention.qkv(self.norm1(resid_pre[None]), 0, resid_pre.shape[1])
         return Past(self.attention.rotated(self.attention.rotate_k, k, 0)[0], v[0])
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight + bias`` over the last axis, as one matrix product."""
-    rows = x.reshape(-1, x.shape[-1])
-    out = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    return out.view(*x.shape[:-1], weight.shape[1])
-
-
-def _joint(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Several affine maps of the same rows as one matrix product."""
-    widths = [weight.shape[1] for weight in weights]
-    whole = weights[0].as_strided((len(weights[0]), sum(widths)), weights[0].stride())
-    return affine(x, whole, torch.cat([*biases])).split(widths, dim=-1)

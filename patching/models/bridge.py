@@ -153,11 +153,13 @@ class BridgeModel(LanguageModel):
     def read_out(
         self, resid: Float[Tensor, "batch d_model"], columns: Int[Tensor, " columns"] | None = None
     ) -> Float[Tensor, "batch columns"]:
-        logits = self.model.unembed(self.model.ln_final(resid[:, None]))[:, 0]
+        unembed = self.model.unembed
+        weight, bias = unembed.W_U, unembed.b_U
+        if columns is not None:
+            weight, bias = weight[:, columns], bias[columns]
+        logits = torch.addmm(bias, self.model.ln_final(resid[:, None])[:, 0], weight)
         cap = float(getattr(self.cfg, "output_logits_soft_cap", 0.0) or 0.0)
-        if cap > 0:
-            logits = cap * torch.tanh(logits / cap)
-        return logits if columns is None else logits[:, columns]
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
 def _scale(inner: Any, d_head: int) -> float:
