@@ -2,6 +2,7 @@
 
     make bench                       # every case
     make bench ARGS="first_10 tiny"  # some of them
+    make bench ARGS="--device cuda --pairs 256"
     .venv-tl4/bin/python experiments/bench.py first_10      # TransformerBridge, TransformerLens 4.3
 
 Prompts are random tokens of GPT-2 small's shape (12 layers, 12 heads, d_model 768, random weights):
@@ -26,6 +27,7 @@ from transformer_lens import patching as tl_patching
 from patching import ActivationPatcher, IOIDataset, PromptPair, PromptPairDataset, load_model
 
 warnings.filterwarnings("ignore")
+CPU = torch.device("cpu")
 SAMPLE = 4  # sites that TransformerLens runs, half of them before our sweep and half behind it
 
 
@@ -71,7 +73,7 @@ def bridge_of(model: Any) -> Any:
     return TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=tokenizer)
 
 
-def random_pairs(model: Any, first: int, n_pairs: int = 8, length: int = 15) -> PromptPairDataset:
+def random_pairs(model: Any, first: int, n_pairs: int, length: int = 15) -> PromptPairDataset:
     """Pairs of random tokens that differ in the one at ``first``."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
@@ -89,14 +91,15 @@ class TransformerLens:
     def __init__(self, model: Any, dataset: Any, case: Case) -> None:
         tokens = [model.to_tokens(list(side)) if isinstance(side[0], str) else torch.stack(side)
                   for side in zip(*dataset.get_clean_corrupt_pairs(), strict=True)]  # fmt: skip
-        self.model, self.case, (self.clean, self.corrupted) = model, case, tokens
+        device = next(iter(model.parameters())).device
+        self.model, self.case, (self.clean, self.corrupted) = model, case, [t.to(device) for t in tokens]
         answers = [dataset.get_target_tokens(i) for i in range(len(dataset))]
-        self.correct, self.incorrect = torch.tensor(answers).T
+        self.correct, self.incorrect = torch.tensor(answers, device=device).T
         with torch.no_grad():
             _, self.cache = model.run_with_cache(self.clean)
 
     def metric(self, logits: torch.Tensor) -> torch.Tensor:
-        end, rows = logits[:, -1], torch.arange(len(logits))
+        end, rows = logits[:, -1], torch.arange(len(logits), device=logits.device)
         return (end[rows, self.correct] - end[rows, self.incorrect]).mean()
 
     def run(self, sites: list[tuple[int, ...]]) -> tuple[np.ndarray, float]:
@@ -117,15 +120,15 @@ class TransformerLens:
                 self.model, self.corrupted, self.cache, self.metric, patch_setter=setter,
                 activation_name=self.case.activation, index_df=pd.DataFrame(sites, columns=list(axes)),
             )  # fmt: skip
-        return values.numpy(), (time.perf_counter() - started) / len(sites)
+        return values.cpu().numpy(), (time.perf_counter() - started) / len(sites)
 
 
-def measure(case: Case, model: Any) -> dict[str, Any]:
+def measure(case: Case, model: Any, n_pairs: int) -> dict[str, Any]:
     """One case: TransformerLens on half the sample, our sweep, TransformerLens on the other half."""
     if case.model == "tiny":
         dataset = IOIDataset(model, n_pairs=32, templates=["after_abba"])
     else:
-        dataset = random_pairs(model, case.first)
+        dataset = random_pairs(model, case.first, n_pairs)
     patcher = ActivationPatcher(model)
     plan = patcher.plan(dataset, case.activation, case.over)
     length = (
@@ -136,6 +139,8 @@ def measure(case: Case, model: Any) -> dict[str, Any]:
     sites = _sample(shape, case)
     peer = TransformerLens(model, dataset, case)
     peer.run(sites[:1])
+    if peer.clean.is_cuda:  # its kernels are loaded at their first use
+        patcher.sweep(dataset, case.activation, case.over, progress=False)
     before, t_before = peer.run(sites[: SAMPLE // 2])
     started = time.perf_counter()
     result = patcher.sweep(dataset, case.activation, case.over, progress=False)
@@ -153,7 +158,7 @@ def measure(case: Case, model: Any) -> dict[str, Any]:
         "TL s (extrapolated)": round(per_site * n_sites, 1),
         "ours s": round(seconds, 2),
         "ratio": round(per_site * n_sites / seconds, 1),
-        "of matmul rate": f"{_flops(model, plan) / seconds / _matmul_rate():.0%}",
+        "of matmul rate": f"{_flops(model, plan) / seconds / _matmul_rate(peer.clean.device):.0%}",
         "largest difference": f"{np.abs(ours - theirs).max():.1e}",
     }
 
@@ -173,13 +178,15 @@ def _flops(model: Any, plan: Any) -> float:
     )
 
 
-def _matmul_rate(seconds: float = 1.0) -> float:
+def _matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
     """Floating-point operations a second of a large float32 matrix product on this machine, now."""
-    a, b = torch.randn(2048, 768), torch.randn(768, 3072)
+    a, b = torch.randn(2048, 768, device=device), torch.randn(768, 3072, device=device)
     started, n = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        a @ b
-        n += 1
+        for _ in range(10):
+            c = a @ b
+        c[0, 0].item()  # a GPU is done
+        n += 10
     return 2.0 * a.shape[0] * b.numel() * n / (time.perf_counter() - started)
 
 
@@ -187,15 +194,18 @@ def main() -> None:
     names = " ".join(case.name for case in CASES)
     parser = argparse.ArgumentParser(description="Sweeps timed beside transformer_lens.patching.")
     parser.add_argument("cases", nargs="*", help=f"some of: {names} (all by default)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of prompts, for the GPT-2 shape")
     parser.add_argument("--out", type=Path, help="also write the table there, as Markdown")
     args = parser.parse_args()
     cases = [case for case in CASES if not args.cases or case.name in args.cases]
-    models = {"tiny": load_model("tiny"), "gpt2-shape": gpt2_shape()}
+    device = torch.device(args.device)
+    models = {"tiny": load_model("tiny").to(device), "gpt2-shape": gpt2_shape().to(device)}
     rows = []
     for case in cases:
-        rows.append(measure(case, models[case.model]))
+        rows.append(measure(case, models[case.model], args.pairs))
         print(rows[-1], flush=True)
-    text = f"{_machine()}\n\n{_markdown(pd.DataFrame(rows))}"
+    text = f"{_machine(device)}\n\n{_markdown(pd.DataFrame(rows))}"
     print(f"\n{text}")
     if args.out:
         args.out.write_text(text + "\n")
@@ -206,11 +216,13 @@ def _markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def _machine() -> str:
+def _machine(device: torch.device = CPU) -> str:
+    where = f"{torch.get_num_threads()} threads, {_processor()}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
     return (
-        f"TransformerLens {version('transformer_lens')}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {_processor()}, "
-        f"matrix products at {_matmul_rate() / 1e9:.0f} GFLOP/s"
+        f"TransformerLens {version('transformer_lens')}, torch {torch.__version__}, {where}, "
+        f"matrix products at {_matmul_rate(device) / 1e9:.0f} GFLOP/s"
     )
 
 

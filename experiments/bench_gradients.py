@@ -32,7 +32,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     model = gpt2_shape()
-    dataset, face, patcher = random_pairs(model, first=10), face_of(model), ActivationPatcher(model)
+    dataset, face, patcher = (
+        random_pairs(model, first=10, n_pairs=8),
+        face_of(model),
+        ActivationPatcher(model),
+    )
     tokens = torch.stack([corrupted for _, corrupted in dataset.get_clean_corrupt_pairs()])
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(face.n_layers)]
 

@@ -181,7 +181,7 @@ PEERS = {"transformers, one hook": Bare, "nnsight": NNsight, "pyvene": Pyvene, "
 
 def measure(case: Case, model: Any, bridge: Any) -> list[dict[str, Any]]:
     """One case: each tool on its sample of sites, our sweep in the middle of them."""
-    dataset = random_pairs(bridge, case.first)
+    dataset = random_pairs(bridge, case.first, n_pairs=8)
     sites = _sample((12, 15, 12), case)
     tl = TransformerLens(bridge, dataset, case)
     arguments = (model, tl.clean, tl.corrupted, tl.metric)

@@ -77,13 +77,20 @@ class AnswerBatch:
         return cls(correct, correct_mask, incorrect, incorrect_mask)
 
     def __getitem__(self, rows: Int[Tensor, " n"]) -> "AnswerBatch":
+        reference = self.reference
         return AnswerBatch(
             self.correct[rows],
             self.correct_mask[rows],
             self.incorrect[rows],
             self.incorrect_mask[rows],
-            None if self.reference is None else self.reference[rows],
+            None if reference is None else reference[rows.to(reference.device, non_blocking=True)],
         )
+
+    def to(self, device: torch.device) -> "AnswerBatch":
+        """The same on a device, which a GPU is not waited for."""
+        parts = self.correct, self.correct_mask, self.incorrect, self.incorrect_mask, self.reference
+        moved = (None if part is None else part.to(device, non_blocking=True) for part in parts)
+        return AnswerBatch(*moved)  # type: ignore[arg-type]
 
     @property
     def columns(self) -> Int[Tensor, "batch n_columns"]:
@@ -237,18 +244,18 @@ class AnswerScorer(Scorer):
     def __call__(self, logits: Tensor, pairs: Sequence[int]) -> Float[Tensor, " batch"]:
         if logits.dim() == 3:
             logits = logits[:, -1]
-        return self.metric(_at_least_float32(logits), self._rows(pairs))
+        return self.metric(_at_least_float32(logits), self._rows(pairs).to(logits.device))
 
     def columns(self, pairs: Sequence[int]) -> Int[Tensor, "batch n_columns"]:
-        """The vocabulary columns that these rows read."""
+        """The vocabulary columns that these rows read, where the answers are: on the CPU."""
         return self._rows(pairs).columns
 
     def compact(self, logits: Tensor, pairs: Sequence[int]) -> Float[Tensor, " batch"]:
         """Score rows whose logits hold :meth:`columns` only."""
-        return self.metric(_at_least_float32(logits), self._rows(pairs).compact())
+        return self.metric(_at_least_float32(logits), self._rows(pairs).compact().to(logits.device))
 
     def _rows(self, pairs: Sequence[int]) -> AnswerBatch:
-        return self.answers[torch.as_tensor(pairs, device=self.answers.correct.device)]
+        return self.answers[torch.as_tensor(pairs, dtype=torch.long)]
 
     def against(self, reference: Float[Tensor, "pair d_vocab"]) -> "AnswerScorer":
         """The same scorer, comparing with these last-position logits of the clean runs."""

@@ -106,7 +106,7 @@ def scorer_of(
     if any(a.longest > 1 for a in answers.values()):
         return ByAnswer(metric, answers)
     rows = [answers.get(i, UNUSED) for i in range(max(answers) + 1)]
-    return AnswerScorer(metric, AnswerBatch.of(rows, model.device))
+    return AnswerScorer(metric, AnswerBatch.of(rows))
 
 
 def _answers(

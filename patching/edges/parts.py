@@ -61,6 +61,12 @@ def equations(model: LanguageModel) -> list[Block]:
     if reason := why_not(model):
         raise ModelError(f"edges need the equations of the model's blocks, but {reason}.")
     blocks = [block for layer in range(model.n_layers) if (block := model.block(layer)) is not None]
+    if len(places := {str(block.device) for block in blocks}) > 1:
+        raise ModelError(
+            f"the blocks of this model are on several devices ({', '.join(sorted(places))}). Edges, paths "
+            "and circuits hold what all of them write in one tensor: load the model on one device. "
+            "patcher.sweep works where each block lives."
+        )
     if any(block.after_attention is not None for block in blocks):
         raise ModelError(
             "this model has a norm between its heads and the residual stream (as Gemma 2), so what a head "

@@ -84,11 +84,22 @@ def _run_batch(
     zero = (len(group.zeros) + len(group.patches) - len(moving)) * len(batch)
     tally.zero += zero
     step(zero)
-    for wave, scores in _waves(request, group, moving, runs, tally, base, reason):
+    for wave, scores in _one_behind(_waves(request, group, moving, runs, tally, base, reason)):
         at = np.ix_([patch.number for patch in wave.patches], wave.rows)
         known = outcome.cells[at]  # pairs in which the patch changes nothing keep the base run's score
         outcome.cells[at] = np.where(np.isnan(known), as_numpy(scores), known)
         step(len(wave.patches) * len(wave.rows))
+
+
+def _one_behind(scored: Iterator[tuple[Wave, Tensor]]) -> Iterator[tuple[Wave, Tensor]]:
+    """Each wave once the next is under way: a GPU goes on while scores are fetched from it."""
+    last = None
+    for wave in scored:
+        if last is not None:
+            yield last
+        last = wave
+    if last is not None:
+        yield last
 
 
 def _waves(
@@ -180,7 +191,7 @@ def why_not(model: LanguageModel) -> str | None:
     if model.has_hooks():
         return "the model carries hooks, which resuming would pass by"
     if any(model.block(layer) is None for layer in range(model.n_layers)):
-        return "the equations of this architecture are not known"
+        return "the equations of this architecture are not known, or its weights are offloaded"
     return None
 
 
@@ -197,7 +208,8 @@ def _base(request: Request, runs: Unpatched) -> tuple[resume.Base | None, str | 
     resid_pre, resid_mid = resume.residuals(blocks_of(request.model), model.n_layers, first)
     found = resid_pre[-1], model.read_out(resid_pre[-1][:, -1])
     for got, expected in zip(found, (last, runs.base_logits[:, -1]), strict=True):
-        difference, size = float((got - expected).abs().max()), float(expected.abs().max())
+        difference = float((got.to(expected.device) - expected).abs().max())
+        size = float(expected.abs().max())
         if not difference <= tolerance(model.dtype) * max(1.0, size):
             return None, (
                 f"the equations read off this model miss its own run by {difference:.2g}: it does "

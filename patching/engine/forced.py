@@ -62,7 +62,7 @@ def log_prob_of(
     logits: Float[Tensor, "batch pos d_vocab"], answers: Sequence[tuple[int, ...]]
 ) -> Float[Tensor, " batch"]:
     """Summed log-probability of answers of one length, the last of whose tokens was not run."""
-    tokens = torch.tensor(answers, device=logits.device)  # [batch, k]
+    tokens = torch.tensor(answers).to(logits.device, non_blocking=True)  # [batch, k]
     at_least_float32 = logits[:, -tokens.shape[1] :].to(torch.promote_types(logits.dtype, torch.float32))
     return at_least_float32.log_softmax(-1).gather(2, tokens[..., None])[..., 0].sum(1)
 

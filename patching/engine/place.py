@@ -59,5 +59,6 @@ def check_layout(site: Site, activation: Tensor, batch: int, length: int) -> Non
         )
 
 
-def as_rows(rows: Sequence[int], device: torch.device) -> Tensor:
-    return torch.as_tensor(rows, dtype=torch.long, device=device)
+def numbers_on(device: torch.device, numbers: Sequence[int | None]) -> Tensor:
+    """Whole numbers for indexing on a device; a GPU takes them in turn, and is not waited for."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)

@@ -41,9 +41,9 @@ def _score_answers(
     end: Float[Tensor, "cell pair d_model"],
 ) -> Float[Tensor, "cell pair"]:
     """Score from the columns of the answers' tokens alone."""
-    columns, places = torch.unique(scorer.columns(numbers), return_inverse=True)  # [pair, answer]
+    columns, places = torch.unique(scorer.columns(numbers), return_inverse=True)  # [pair, answer], on the CPU
     logits = request.model.read_out(end.flatten(0, 1), columns).unflatten(0, end.shape[:2])
-    own = logits.gather(2, places.expand(len(end), -1, -1))
+    own = logits.gather(2, places.to(logits.device, non_blocking=True).expand(len(end), -1, -1))
     scores = scorer.compact(own.flatten(0, 1), [*numbers] * len(end))
     return scores.view(end.shape[:2])
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patching.engine.baseline import as_numpy, pairs_at_once, shared_values, unpatched
-from patching.engine.place import as_rows, check_layout, index, placements, within_prompt
+from patching.engine.place import check_layout, index, numbers_on, placements, within_prompt
 from patching.engine.request import Outcome, Request, chunks
 from patching.errors import SiteError
 from patching.metrics import Scorer
@@ -106,7 +106,7 @@ class CellRunner:
         live, written = (within_prompt(site, of, following) for of in (live, written))
         values = None if values is None else within_prompt(site, values, following)
         for rows, positions in placements(site, self.pairs):
-            device = live.device
-            at = index(site.counted_from_start(prompt), as_rows(rows, device), as_rows(positions, device))
+            here = (numbers_on(live.device, numbers) for numbers in (rows, positions))
+            at = index(site.counted_from_start(prompt), *here)
             new = None if values is None else values[at]
             written[at] = self.replacement.write(live[at], new, site)

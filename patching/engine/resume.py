@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from patching.engine.place import numbers_on
 from patching.engine.plan import Patch, Wave
 from patching.engine.writes import LayerWrites, Writes, gather, inner
 from patching.interventions import Custom, Replacement
@@ -39,7 +40,7 @@ class Base:
     """The base runs of some pairs, layer by layer, and what patches write into them."""
 
     resid_pre: list[Float[Tensor, "pair pos d_model"]]
-    """One for each layer, and the final residual stream last."""
+    """One for each layer, on the layer's device, and the final residual stream last."""
     resid_mid: list[Float[Tensor, "pair pos d_model"]]
     live: dict[str, Tensor]
     """Activations of the base runs at the hook points that are patched."""
@@ -48,14 +49,17 @@ class Base:
 
     def of(self, places: Sequence[int]) -> "Base":
         """The same for some of the pairs."""
-        at = list(places)
-        if at == list(range(len(self.resid_pre[0]))):
+        if list(places) == list(range(len(self.resid_pre[0]))):
             return self
+
+        def some(x: Tensor) -> Tensor:
+            return x[numbers_on(x.device, places)]
+
         return Base(
-            [x[at] for x in self.resid_pre],
-            [x[at] for x in self.resid_mid],
-            {name: x[at] for name, x in self.live.items()},
-            {name: x[at] for name, x in self.values.items()},
+            [some(x) for x in self.resid_pre],
+            [some(x) for x in self.resid_mid],
+            {name: some(x) for name, x in self.live.items()},
+            {name: some(x) for name, x in self.values.items()},
         )
 
 
@@ -75,14 +79,14 @@ def residuals(
     blocks: Blocks, n_layers: int, embedded: Float[Tensor, "pair pos d_model"]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The residual stream of unpatched runs: before every layer and after the last; mid-layer."""
-    resid_pre, resid_mid = [embedded], []
+    resid_pre, resid_mid, out = [], [], embedded
     for layer in range(n_layers):
         block, middle = blocks(layer), _Middle()
+        resid_pre.append(out.to(block.device))
         nothing = block.keys_values(resid_pre[-1][:, :0])
         out = block.run(resid_pre[-1][None], nothing, middle, embedded.shape[1])[0]
         resid_mid.append(out if middle.resid_mid is None else middle.resid_mid)
-        resid_pre.append(out)
-    return resid_pre, resid_mid
+    return [*resid_pre, out], resid_mid
 
 
 class _Travelling:
@@ -102,6 +106,7 @@ class _Travelling:
 
     def join(self, layer: int, block: Block) -> list[list[Patch]]:
         """Take in the patches that run through a layer; those that step in behind it are returned."""
+        self.rows = self.rows.to(block.device)
         entering, stepping = _joining(self.replacement, block, self.wave, layer)
         self.rows[self.joined : self.joined + len(entering)] = self.base.resid_pre[layer][
             :, self.wave.start :
@@ -122,8 +127,8 @@ class _Travelling:
         """Take in patches that move the residual stream by a known vector, behind the layer."""
         fresh = self.rows[self.joined : self.joined + len(patches)]
         fresh[:] = self.base.resid_pre[layer + 1][:, self.wave.start :]
-        positions = [position - self.wave.start for position in patches[0].sites[0][1]]
-        fresh[:, :, positions] = _step_in(self.replacement, block, layer, patches, self.base)
+        at = numbers_on(fresh.device, [p - self.wave.start for p in patches[0].sites[0][1]])
+        fresh[:, :, at] = _step_in(self.replacement, block, layer, patches, self.base)
         self.joined += len(patches)
 
 
@@ -143,7 +148,7 @@ def run_waves(
             block = block.for_many() if positions >= MANY else block
             last = end_only and layer == n_layers - 1 and not isinstance(replacement, Custom)
             past = block.keys_values(base.resid_pre[layer][:, :latest])
-            for wave in travelling:
+            for wave in (wave for wave in travelling if wave.joined):
                 wave.down(layer, block, past.until(wave.wave.start), 1 if last else None)
         for wave, groups in zip(travelling, stepping, strict=True):
             for patches in groups:
@@ -210,8 +215,7 @@ def _step_in(
     replacement: Replacement, block: Block, layer: int, patches: Sequence[Patch], base: Base
 ) -> Float[Tensor, "cell pair pos d_model"]:
     """``resid_post`` at the patched positions: the base run's, moved, through the MLP where it follows."""
-    sites = [patch.sites[0][0] for patch in patches]
-    positions = list(patches[0].sites[0][1])
+    sites, positions = [patch.sites[0][0] for patch in patches], patches[0].sites[0][1]
     hook_point, name = sites[0].hook_point, sites[0].activation.name
     live = gather(base.live[hook_point], sites, positions)  # [cell, pos, pair, ...]
     values = base.values.get(hook_point)
@@ -224,9 +228,15 @@ def _step_in(
         return block.mlp_out(resid_mid, NoEdit(), 0).add_(resid_mid)
     moved = _moved(block, name, sites, written - live).transpose(1, 2)  # [cell, pair, pos, d_model]
     if name in POST or block.parallel or block.mlp is None:
-        return base.resid_pre[layer + 1][:, positions] + moved
-    resid_mid = base.resid_mid[layer][:, positions] + moved
+        return _at(base.resid_pre[layer + 1], positions).to(moved.device) + moved
+    resid_mid = _at(base.resid_mid[layer], positions) + moved
     return block.mlp_out(resid_mid, NoEdit(), 0).add_(resid_mid)
+
+
+def _at(
+    resid: Float[Tensor, "pair all_pos d_model"], positions: Sequence[int]
+) -> Float[Tensor, "pair pos d_model"]:
+    return resid[:, numbers_on(resid.device, positions)]
 
 
 def _moved(
@@ -234,7 +244,7 @@ def _moved(
 ) -> Float[Tensor, "cell pos pair d_model"]:
     """What a change of an activation adds to the residual stream."""
     whole = inner(sites[0]) is None
-    which = [inner(site) or 0 for site in sites]
+    which = numbers_on(moved.device, [inner(site) or 0 for site in sites])
     if name == "result":
         return moved.sum(-2) if whole else moved
     if name == "z":

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patching.engine.place import within_prompt
+from patching.engine.place import numbers_on, within_prompt
 from patching.engine.plan import Patch, Placed
 from patching.interventions import Custom, Replacement
 from patching.sites import ACTIVATIONS, Site
@@ -118,7 +118,7 @@ def place(
     """Index of sites in an activation ``[cell, pair, ...]``; what it picks is ``[cell, pos, pair, ...]``."""
 
     def column(numbers: Sequence[int | None]) -> Tensor:
-        return torch.as_tensor(numbers, dtype=torch.long, device=device)[:, None]
+        return numbers_on(device, numbers)[:, None]
 
     every = slice(None)
     at = column(positions).T

@@ -309,6 +309,11 @@ class Block:
     """A norm between the attention's output and the residual stream (Gemma 2)."""
     after_mlp: Function | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block's weights are."""
+        return self.attention.W_Q.device
+
     def for_many(self) -> "Block":
         """The same block, ready for very many rows."""
         mlp = None if self.mlp is None else replace(self.mlp, often=True)

@@ -82,8 +82,8 @@ class BridgeModel(LanguageModel):
             mlp = None if getattr(cfg, "attn_only", False) else self._mlp(block.mlp)
         except (AttributeError, KeyError, TypeError, NotImplementedError):
             return None  # attention or MLP of another kind: mixtures of experts, state spaces, ...
-        if getattr(cfg, "attention_dir", "causal") != "causal":
-            return None
+        if getattr(cfg, "attention_dir", "causal") != "causal" or attention.W_Q.is_meta:
+            return None  # both ways; or weights that accelerate brings in for the model's own run alone
         return Block(
             norm1=self._norm(block.ln1),
             attention=attention,
@@ -156,8 +156,9 @@ class BridgeModel(LanguageModel):
         unembed = self.model.unembed
         weight, bias = unembed.W_U, unembed.b_U
         if columns is not None:
+            columns = columns.to(weight.device, non_blocking=True)
             weight, bias = weight[:, columns], bias[columns]
-        logits = torch.addmm(bias, self.model.ln_final(resid[:, None])[:, 0], weight)
+        logits = torch.addmm(bias, self.model.ln_final(resid.to(weight.device)[:, None])[:, 0], weight)
         cap = float(getattr(self.cfg, "output_logits_soft_cap", 0.0) or 0.0)
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 

@@ -221,8 +221,8 @@ class LanguageModel(ABC):
             raise ModelError(f"this model cannot compute 'result': {error}") from error
 
     def _random_state(self) -> AbstractContextManager[None]:
-        devices = [self.device] if self.device.type == "cuda" else []
-        return torch.random.fork_rng(devices=devices)
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"])
 
     # -- writing ----------------------------------------------------------------------------
 

@@ -105,10 +105,12 @@ class HookedModel(LanguageModel):
         self, resid: Float[Tensor, "batch d_model"], columns: Int[Tensor, " columns"] | None = None
     ) -> Float[Tensor, "batch columns"]:
         model = self.model
+        weight, bias = model.unembed.W_U, model.unembed.b_U
+        resid = resid.to(weight.device)
         if self.cfg.normalization_type is not None:
             resid = model.ln_final(resid[:, None])[:, 0]
-        weight, bias = model.unembed.W_U, model.unembed.b_U
         if columns is not None:
+            columns = columns.to(weight.device, non_blocking=True)
             weight, bias = weight[:, columns], bias[columns]
         logits = torch.addmm(bias, resid, weight)
         cap = self.cfg.output_logits_soft_cap
