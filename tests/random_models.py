@@ -46,7 +46,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 def hooked(tokenizer: Any = None, **changes: Any) -> Any:
     """A random HookedTransformer."""
-    sizes = {**SIZES, "act_fn": "gelu_new", "normalization_type": "LN", "seed": 0, **changes}
+    sizes = {**SIZES, "device": "cpu", "act_fn": "gelu_new", "normalization_type": "LN", "seed": 0, **changes}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = HookedTransformer(HookedTransformerConfig(**sizes), tokenizer=tokenizer)
@@ -55,7 +55,7 @@ def hooked(tokenizer: Any = None, **changes: Any) -> Any:
 
 def native(tokenizer: Any = None, **changes: Any) -> Any:
     """A random TransformerBridge of TransformerLens' own architecture."""
-    sizes = {**SIZES, "act_fn": "gelu_new", "normalization_type": "LN", "seed": 0, **changes}
+    sizes = {**SIZES, "device": "cpu", "act_fn": "gelu_new", "normalization_type": "LN", "seed": 0, **changes}
     return livelier(TransformerBridge.boot_native(TransformerBridgeConfig(**sizes), tokenizer=tokenizer))
 
 

