@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from patching.errors import SiteError, unknown
 
@@ -54,6 +55,7 @@ _BY_HOOK = {activation.hook: activation for activation in ACTIVATIONS.values()}
 _LAYER = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 
+@lru_cache(2**14)
 def split_layer(hook_point: str) -> tuple[int | None, str]:
     """``"blocks.3.attn.hook_z"`` -> ``(3, "blocks.{layer}.attn.hook_z")``; no layer -> ``None``."""
     match = _LAYER.match(hook_point)
@@ -62,6 +64,7 @@ def split_layer(hook_point: str) -> tuple[int | None, str]:
     return int(match[1]), f"blocks.{{layer}}.{match[2]}"
 
 
+@lru_cache(2**14)
 def activation_of(hook_point: str) -> Activation:
     """What a full hook name holds. Names outside ``ACTIVATIONS`` can be patched over ``pos`` only."""
     _, hook = split_layer(hook_point)

@@ -450,6 +450,19 @@ def test_out_of_memory_halves_the_rows(any_model, limit, monkeypatch):
     compare_resumed(any_model, pairs_of(any_model, 5), ["z", "v"], ("layer", "pos"), positions=[2, 4])
 
 
+def test_weights_are_read_by_layer_not_by_site(any_model, monkeypatch):
+    """Twice as many sites take no more looks at the model's weights, and no more waves."""
+    looks = []
+    for heads in ([0, 1], [0, 1, 2, 3]):
+        request = request_of(any_model, pairs_of(any_model), "z", ("layer", "pos", "head"), heads=heads)
+        block, counted = request.model.block, []
+        monkeypatch.setattr(request.model, "block", lambda layer: counted.append(layer) or block(layer))  # noqa: B023
+        with request.model.at_rest():
+            exact.run(request)
+        looks.append(len(counted))
+    assert looks[0] == looks[1] > 0
+
+
 # Structural zeros
 
 

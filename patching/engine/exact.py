@@ -112,7 +112,8 @@ def _waves(
     reason: str | None,
 ) -> Iterator[tuple[Wave, Tensor]]:
     """Each wave with the metric of its rows ``[cell, pair]``."""
-    resumable = [p for p in patches if base is not None and _inside_blocks(p)]
+    resumable = [] if base is None else [p for p in patches if _inside_blocks(p)]
+    others = [p for p in patches if base is None or not _inside_blocks(p)]
     limit = request.max_rows or rows_in_memory(request, group)
     end_only = request.scorer.reads != "all"
     blocks = blocks_of(request.model)
@@ -135,7 +136,7 @@ def _waves(
     for together in abreast(waves(group, ordered, limit), limit * (group.length - group.first)):
         yield from _in_memory(together, resumed)
         tally.resumed += sum(len(wave.patches) * len(wave.rows) for wave in together)
-    rest = [replace(p, start=0) for p in patches if p not in set(resumable)]
+    rest = [replace(p, start=0) for p in others]
     for wave in waves(group, rest, max(1, min(limit, pairs_at_once(request, group.rows)))):
         yield from _in_memory([wave], from_start)
         tally.whole += len(wave.patches) * len(wave.rows)

@@ -167,7 +167,7 @@ def _steps(joined: int, tokens: int, block: Block, rows: Tensor) -> list[slice]:
 
 def _through(blocks: Blocks, replacement: Replacement, wave: Wave) -> list[Patch]:
     """The wave's patches, those that step in without their sites: these are written as they join."""
-    layers = {patch.layer: blocks(patch.layer) for patch in wave.patches}
+    layers = {layer: blocks(layer) for layer in {patch.layer for patch in wave.patches}}
     return [
         replace(patch, sites=()) if steps_in(replacement, layers[patch.layer], patch) else patch
         for patch in wave.patches
