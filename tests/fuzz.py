@@ -8,6 +8,7 @@ The readers, their valid files and the ways to change them are those of readers.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -62,7 +63,7 @@ def counted(file: Path) -> Counts:
     return Counts(int(numbers[0]), int(numbers[1]), float(numbers[2]))
 
 
-def feed(name: str, folder: Path, *flags: str) -> None:
+def feed(name: str, folder: Path, runs: int, *flags: str) -> None:
     """Feed one reader in this process, which ends with it."""
     import atheris
 
@@ -78,7 +79,14 @@ def feed(name: str, folder: Path, *flags: str) -> None:
     corpus.mkdir()
     place.mkdir()
     (corpus / "valid").write_bytes(readers.READERS[name].valid)
-    judge = counting(lambda content: readers.read_anything(name, content, place), folder / "counts")
+    fed = counting(lambda content: readers.read_anything(name, content, place), folder / "counts")
+    numbers = itertools.count(1)
+
+    def judge(content: bytes) -> None:
+        fed(content)
+        if next(numbers) == runs:  # an orderly end may be none: Arrow's threads wait for Python, it for them
+            os._exit(0)
+
     atheris.Setup([name, *LIMITS, *flags, str(corpus)], judge, custom_mutator=changed)
     atheris.Fuzz()
 
@@ -86,8 +94,8 @@ def feed(name: str, folder: Path, *flags: str) -> None:
 def crashes(name: str, runs: int, seed: int) -> bool:
     """Feed one reader in another process; print its row of the table, and what crashed it if anything did."""
     with tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as folder:
-        flags = (f"-runs={runs}", f"-seed={seed}", f"-artifact_prefix={KEPT}/{name}-")
-        command = [sys.executable, __file__, "--feed", name, folder, *flags]
+        flags = (f"-seed={seed}", f"-artifact_prefix={KEPT}/{name}-")
+        command = [sys.executable, __file__, "--feed", name, folder, str(runs), *flags]
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -131,5 +139,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--feed"]:
-        feed(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
+        feed(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
     sys.exit(main())

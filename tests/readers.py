@@ -15,6 +15,7 @@ import json
 import operator
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,11 @@ from safetensors.numpy import save as save_tensors
 
 from patching import PromptPairDataset, Site, SweepResult
 from patching.engine import Outcome
-from patching.errors import PatchingError
+from patching.errors import PatchingError, PatchingWarning
 from patching.experiment.file import read_experiment
+from patching.experiment.folder import RUN, read_run
 from patching.identity import canonical, sha256
+from patching.latent import ActivationAddition, ActivationStore
 from patching.results import PairInfo
 from patching.store import journal, tables
 from patching.store.manifest import NAME as MANIFEST
@@ -153,6 +156,23 @@ limit = 1.0
 )  # fmt: skip
 
 
+SHARD = save_tensors(
+    {
+        "0/rows": np.arange(2),
+        "0/tokens": np.ones((2, 3), np.int64),
+        "0/ln_final": np.ones((2, 3, 4), np.float32),
+    }
+)
+STORE = {
+    "format": 1, "asked": {"names": ["ln_final"], "batch_size": 2, "model": "abc"},
+    "shards": [{"file": "shard-000000.safetensors", "prompts": 2, "groups": 1, "tokens_sha256": "abc"}],
+}  # fmt: skip
+ADDITION = save_tensors(
+    {"ln_final": np.ones(4, np.float32)},
+    metadata={"activation_addition": json.dumps({"position": -1, "relative": None})},
+)
+
+
 def saved() -> dict[str, bytes]:
     """The files of a finished result."""
     with tempfile.TemporaryDirectory() as folder:
@@ -179,9 +199,16 @@ def opened(folder: Path) -> contextlib.AbstractContextManager[journal.OpenJourna
 
 
 def go_on(path: Path) -> object:
-    """What a sweep finds that goes on: its size, or its result."""
-    with opened(signed(path)) as found:
+    """What a sweep finds that goes on: its size, or its result. That it was elsewhere before is no matter."""
+    ignored = warnings.catch_warnings(action="ignore", category=PatchingWarning)
+    with ignored, opened(signed(path)) as found:
         return found.result() if found.finished else found.size
+
+
+def activations(folder: Path) -> object:
+    """What a store holds, by prompt and in batches."""
+    store = ActivationStore.open(folder)
+    return store[0], list(store.batches())
 
 
 def load(folder: Path) -> SweepResult:
@@ -325,6 +352,13 @@ def columns_changed(content: bytes, random: Random) -> bytes:
     return tables._bytes(table.set_column(random.randrange(len(table.columns)), "clean", odd))
 
 
+def tensors_changed(content: bytes, random: Random) -> bytes:
+    """A safetensors file whose header says something else, of tensors that lie where they lay."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json_changed(content[8:end], random)
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
 def part_changed(content: bytes, random: Random) -> bytes:
     """A part with other facts, or an array of another type or length."""
     arrays = load_tensors(content)
@@ -418,6 +452,11 @@ def readers() -> Iterator[tuple[str, Reader]]:
     yield "manifest", Reader(lambda p: load(p.parent), manifest, json_changed, MANIFEST, files)
     yield "signed", Reader(lambda p: load(signed(p)), manifest, json_changed, MANIFEST, files)
     yield "running", Reader(go_on, running(), json_changed, MANIFEST)
+    yield "run", Reader(lambda p: read_run(p.parent), b'{"format": 1, "sweeps": {}}', json_changed, RUN)
+    stored, shard = json.dumps(STORE).encode(), STORE["shards"][0]["file"]
+    yield "store", Reader(lambda p: activations(p.parent), stored, json_changed, MANIFEST, {shard: SHARD})
+    yield "shard", Reader(lambda p: activations(p.parent), SHARD, tensors_changed, shard, {MANIFEST: stored})
+    yield "addition", Reader(ActivationAddition.load, ADDITION, tensors_changed)
 
 
 READERS = dict(readers())

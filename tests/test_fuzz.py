@@ -142,6 +142,14 @@ def manifest_with(name: str, *place: str, value: object) -> bytes:
         ("running", manifest_with("running", "run", "sessions", value={"a": 1})),
         ("running", manifest_with("running", "run", "sessions", value=[{"started": "now"}])),
         ("running", manifest_with("running", "provenance", "a", value="\ud800")),
+        ("run", b"[" * 100_000),
+        ("store", b"{"),
+        ("store", b"[]"),
+        ("store", manifest_with("store", "asked", value=1)),
+        ("store", manifest_with("store", "shards", value=[{"prompts": 2}])),
+        ("shard", b""),
+        ("shard", READERS["shard"].valid.replace(b"0/rows", b"1/rows")),
+        ("addition", READERS["addition"].valid.replace(b"position", b"positiom")),
     ],
 )
 def test_what_has_broken_readers_before(name, content, tmp_path):

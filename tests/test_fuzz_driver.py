@@ -74,7 +74,7 @@ FEED_PLANTED = """
 import sys, fuzz, readers, test_fuzz_driver
 from pathlib import Path
 readers.READERS["planted"] = test_fuzz_driver.PLANTED
-fuzz.feed("planted", Path(sys.argv[1]), "-runs=5000", "-seed=1", f"-artifact_prefix={sys.argv[1]}/")
+fuzz.feed("planted", Path(sys.argv[1]), 5000, "-seed=1", f"-artifact_prefix={sys.argv[1]}/")
 """
 
 

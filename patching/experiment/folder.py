@@ -72,7 +72,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         found = json.loads((path / RUN).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ExperimentError(f"{path} is not the folder of a run: it has no {RUN}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ExperimentError(f"{path / RUN} does not read: {error}.") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         had = found.get("format") if isinstance(found, dict) else None

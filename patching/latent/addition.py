@@ -82,10 +82,21 @@ class ActivationAddition:
             with safe_open(str(path), "pt") as stored:
                 parameters = json.loads((stored.metadata() or {})[KIND])
                 vectors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            _check_parameters(parameters)
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise PatchingError(f"{path} holds no activation addition: {error}") from error
         return cls(list(vectors), vectors=vectors, **parameters)
 
 
 KIND = "activation_addition"
 """The key of a file's metadata under which the parameters stand."""
+
+
+def _check_parameters(found: Any) -> None:
+    """Raise where they are not what :meth:`ActivationAddition.save` writes."""
+    kinds = {"position": int, "relative": str}
+    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        raise ValueError(f"its parameters should be {' and '.join(kinds)}")
+    for name, kind in kinds.items():
+        if found[name] is not None and not isinstance(found[name], kind):
+            raise ValueError(f"{name} should be {kind.__name__}")

@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -40,9 +41,14 @@ class ActivationStore:
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise PatchingError(f"{folder} holds no activation store: there is no {MANIFEST}.")
-        manifest = json.loads(path.read_text("utf-8"))
-        if manifest.get("format") != FORMAT:
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise PatchingError(f"{path} does not read: {error}. {AGAIN}") from error
+        if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
             raise PatchingError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT}.")
+        if not _is_manifest(manifest):
+            raise PatchingError(f"{path} does not say what was written there. {AGAIN}")
         return cls(Path(folder), manifest)
 
     @property
@@ -68,23 +74,67 @@ class ActivationStore:
     def batches(self) -> Iterator[Batch]:
         """Everything, a batch of prompts of one length at a time, in the order it was written."""
         for shard in self.manifest["shards"]:
-            with safe_open(self.folder / shard["file"], "pt") as stored:
-                for group in range(shard["groups"]):
+            for group in range(shard["groups"]):
+                with _opened(self.folder / shard["file"]) as stored:
                     activations = {name: stored.get_tensor(f"{group}/{name}") for name in self.names}
                     rows = tuple(stored.get_tensor(f"{group}/{ROWS}").tolist())
-                    yield Batch(rows, stored.get_tensor(f"{group}/{TOKENS}"), activations, {})
+                    batch = Batch(rows, stored.get_tensor(f"{group}/{TOKENS}"), activations, {})
+                yield batch
 
     def _row(self, shard: Mapping[str, Any], prompt: int) -> dict[str, Tensor]:
-        with safe_open(self.folder / shard["file"], "pt") as stored:
+        with _opened(self.folder / shard["file"]) as stored:
             for group in range(shard["groups"]):
                 rows = stored.get_tensor(f"{group}/{ROWS}").tolist()
                 if prompt in rows:
                     at = rows.index(prompt)
                     return {name: stored.get_slice(f"{group}/{name}")[at] for name in self.names}
-        raise PatchingError(f"{shard['file']} lacks prompt {prompt}; the store is damaged.")
+        raise PatchingError(f"{self.folder / shard['file']} lacks prompt {prompt}. {AGAIN}")
 
 
 ROWS, TOKENS = "rows", "tokens"
+AGAIN = "The store is damaged: remove the folder, and cache the activations again."
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard, to read from; whatever is wrong with it is one error."""
+    try:
+        with safe_open(path, "pt") as stored:
+            yield stored
+    except (OSError, SafetensorError, ValueError, TypeError, IndexError) as error:
+        raise PatchingError(f"{path} does not read: {error}. {AGAIN}") from error
+
+
+def _is_manifest(found: Any) -> bool:
+    """Whether it is what :func:`write` puts down."""
+    asked, shards = (found.get(key) if isinstance(found, dict) else None for key in ("asked", "shards"))
+    return (
+        isinstance(asked, dict)
+        and asked.keys() == {"names", "batch_size", "model"}
+        and isinstance(asked["names"], list)
+        and all(isinstance(name, str) for name in asked["names"])
+        and _is_count(asked["batch_size"])
+        and isinstance(shards, list)
+        and all(_is_shard(number, shard) for number, shard in enumerate(shards))
+    )
+
+
+def _is_shard(number: int, shard: Any) -> bool:
+    return (
+        isinstance(shard, dict)
+        and shard.keys() == {"file", "prompts", "groups", "tokens_sha256"}
+        and shard["file"] == _file(number)
+        and _is_count(shard["prompts"])
+        and _is_count(shard["groups"])
+    )
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and 0 < number < 2**40
+
+
+def _file(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
 
 
 def write(
@@ -150,7 +200,7 @@ def _write_shard(
     callback: Callable[[Tensor], Tensor] | None,
 ) -> None:
     number, first = len(manifest["shards"]), sum(shard["prompts"] for shard in manifest["shards"])
-    file = f"shard-{number:06d}.safetensors"
+    file = _file(number)
     tensors: dict[str, Tensor] = {}
     for g, group in enumerate(groups):
         tensors[f"{g}/{ROWS}"] = torch.tensor(group.rows) + first
