@@ -366,7 +366,7 @@ class SweepResult:
             f"strongest {min(k, self.effect().size)} ({scale}, 0 = no effect):",
         ]
         top = self.top(k)
-        names = [self.name_of(row) for row in top.drop(columns="effect").to_dict("records")]
+        names = [self.name_of(row) for row in top.to_dict("records")]
         width = max(map(len, names), default=0)
         bars = [f"{'█' * round(20 * min(abs(e), 1.5))}" for e in top["effect"]]
         shown = zip(names, top["effect"], bars, strict=True)

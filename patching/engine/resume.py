@@ -7,7 +7,7 @@ that a layer's weights are laid out, and the base run's keys and values computed
 A metric that reads the last position needs the last layer at that position only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -19,7 +19,7 @@ from patching.engine.place import numbers_on
 from patching.engine.plan import Patch, Wave
 from patching.engine.writes import LayerWrites, Writes, gather, inner
 from patching.interventions import Custom, Replacement
-from patching.models.block import Block, NoEdit, Past
+from patching.models.block import QKV, Block, NoEdit, Past
 from patching.sites import Site
 
 Blocks = Callable[[int], Block]
@@ -98,6 +98,8 @@ class _Travelling:
         self.rows = base.resid_pre[0].new_empty(len(wave.patches), pairs, length - wave.start, d_model)
         self.writes = Writes(replacement, _through(blocks, replacement, wave), base.values, wave.following)
         self.joined = 0
+        self.fresh: list[tuple[slice, Tensor]] = []
+        """Rows that stepped in behind the last layer, and where they differ from the base run."""
 
     @property
     def positions(self) -> int:
@@ -107,6 +109,7 @@ class _Travelling:
     def join(self, layer: int, block: Block) -> list[list[Patch]]:
         """Take in the patches that run through a layer; those that step in behind it are returned."""
         self.rows = self.rows.to(block.device)
+        self.fresh = [(rows, moved.to(block.device)) for rows, moved in self.fresh]
         entering, stepping = _joining(self.replacement, block, self.wave, layer)
         self.rows[self.joined : self.joined + len(entering)] = self.base.resid_pre[layer][
             :, self.wave.start :
@@ -114,14 +117,27 @@ class _Travelling:
         self.joined += len(entering)
         return stepping
 
-    def down(self, layer: int, block: Block, past: Past, queries: int | None) -> None:
+    def down(self, layer: int, block: Block, known: QKV, past: Past, queries: int | None) -> None:
         """Take the rows that have joined through a layer, some cells at a time."""
-        positions = self.rows.shape[2]
+        positions, start = self.rows.shape[2], self.wave.start
         queries = positions if queries is None else queries
         edit = LayerWrites(self.writes, layer)
-        for some in _steps(self.joined, self.rows[0].numel() // self.rows.shape[-1], block, self.rows):
-            out = block.run(self.rows[some], past, edit.of(some), queries)
-            self.rows[some, :, positions - queries :] = out
+        for part, moved in self._parts(block):
+            for some in _steps(part, block, self.rows):
+                out = block.run(
+                    self.rows[some], past.until(start), edit.of(some), queries, known.since(start), moved
+                )
+                self.rows[some, :, positions - queries :] = out
+        self.fresh = []
+
+    def _parts(self, block: Block) -> Iterator[tuple[slice, Tensor | None]]:
+        """The rows that have joined, those apart of which only some positions differ from the base run."""
+        at = 0
+        for rows, moved in self.fresh if block.attention.to_qk is None else ():
+            yield slice(at, rows.start), None
+            yield rows, moved
+            at = rows.stop
+        yield slice(at, self.joined), None
 
     def step_in(self, layer: int, block: Block, patches: Sequence[Patch]) -> None:
         """Take in patches that move the residual stream by a known vector, behind the layer."""
@@ -129,6 +145,8 @@ class _Travelling:
         fresh[:] = self.base.resid_pre[layer + 1][:, self.wave.start :]
         at = numbers_on(fresh.device, [p - self.wave.start for p in patches[0].sites[0][1]])
         fresh[:, :, at] = _step_in(self.replacement, block, layer, patches, self.base)
+        if len(at) < fresh.shape[2]:
+            self.fresh.append((slice(self.joined, self.joined + len(patches)), at))
         self.joined += len(patches)
 
 
@@ -139,7 +157,7 @@ def run_waves(
 
     Positions are those from a wave's start on; with ``end_only`` only the last one is right.
     """
-    n_layers, latest = len(base.resid_mid), max(wave.start for wave in waves)
+    n_layers = len(base.resid_mid)
     travelling = [_Travelling(blocks, replacement, wave, base) for wave in waves]
     for layer in range(min(wave.patches[0].layer for wave in waves), n_layers):
         block = blocks(layer)
@@ -147,22 +165,24 @@ def run_waves(
         if positions := sum(wave.positions for wave in travelling):
             block = block.for_many() if positions >= MANY else block
             last = end_only and layer == n_layers - 1 and not isinstance(replacement, Custom)
-            past = block.keys_values(base.resid_pre[layer][:, :latest])
-            for wave in (wave for wave in travelling if wave.joined):
-                wave.down(layer, block, past.until(wave.wave.start), 1 if last else None)
+            known = block.qkv(base.resid_pre[layer])
+            past = block.past(known)
+            for wave in travelling:
+                wave.down(layer, block, known, past, 1 if last else None)
         for wave, groups in zip(travelling, stepping, strict=True):
             for patches in groups:
                 wave.step_in(layer, block, patches)
     return [wave.rows for wave in travelling]
 
 
-def _steps(joined: int, tokens: int, block: Block, rows: Tensor) -> list[slice]:
-    """The joined cells in steps; on a CPU small enough for a step's activations to stay in its cache."""
-    width = block.attention.d_head * block.attention.n_heads * 4
+def _steps(part: slice, block: Block, rows: Tensor) -> list[slice]:
+    """Some rows in steps; on a CPU small enough for a step's activations to stay in its cache."""
+    positions, width = rows.shape[1] * rows.shape[2], block.attention.d_head * block.attention.n_heads * 4
     if block.mlp is not None:
         width = max(width, block.mlp.W_out.shape[0])
-    size = joined if rows.is_cuda else max(1, CACHE_BYTES // (tokens * width * rows.itemsize))
-    return [slice(at, min(at + size, joined)) for at in range(0, joined, size)]
+    fitting = len(rows) if rows.is_cuda else CACHE_BYTES // (positions * width * rows.itemsize)
+    starts = range(part.start, part.stop, max(1, fitting))
+    return [slice(at, min(at + starts.step, part.stop)) for at in starts]
 
 
 def _through(blocks: Blocks, replacement: Replacement, wave: Wave) -> list[Patch]:

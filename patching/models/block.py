@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patching.models.affine import Affine
@@ -84,6 +84,18 @@ class Past:
     def until(self, start: int) -> "Past":
         """What lies before a position."""
         return Past(self.keys[:, :start], self.values[:, :start])
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of unpatched runs, as the heads compute them: not rotated yet."""
+
+    q: Float[Tensor, "pair pos head d_head"]
+    k: Float[Tensor, "pair pos kv_head d_head"]
+    v: Float[Tensor, "pair pos kv_head d_head"]
+
+    def since(self, start: int) -> "QKV":
+        """Those from a position on."""
+        return QKV(*(of[:, start:] for of in self))
 
 
 @dataclass(frozen=True)
@@ -325,15 +337,23 @@ class Block:
         past: Past,
         edit: Edit,
         queries: int,
+        known: QKV | None = None,
+        moved: Int[Tensor, " pos"] | None = None,
     ) -> Float[Tensor, "cell pair queries d_model"]:
         """``resid_post`` of the last ``queries`` positions.
 
-        The rows' positions are those from ``len(past)`` to the end of the prompt.
+        The rows' positions are those from ``len(past)`` to the end of the prompt. Where only those at
+        ``moved`` differ from an unpatched run, its queries, keys and values (``known``) are taken for
+        the rest.
         """
         start, length = len(past), len(past) + resid_pre.shape[2]
         resid_pre = edit("resid_pre", resid_pre, start)
-        q, k, v = self.attention.qkv(self.norm1(resid_pre), start, queries)
+        if known is None or moved is None:
+            q, k, v = self.attention.qkv(self.norm1(resid_pre), start, queries)
+        else:
+            q, k, v = self._with_known(resid_pre, known, moved)
         first = length - queries
+        q = q[:, :, q.shape[2] - queries :]
         q, k, v = edit("q", q, first), edit("k", k, start), edit("v", v, start)
         q = self.attention.rotated(self.attention.rotate_q, q, first)
         k = self.attention.rotated(self.attention.rotate_k, k, start)
@@ -364,7 +384,22 @@ class Block:
         """A component's output as the residual stream receives it, which is where its hook point lies."""
         return edit(name, out if norm is None else norm(out), first)
 
+    def qkv(self, resid_pre: Float[Tensor, "pair pos d_model"]) -> QKV:
+        """Queries, keys and values of whole runs, from what enters the block."""
+        return QKV(*(of[0] for of in self.attention.qkv(self.norm1(resid_pre[None]), 0, resid_pre.shape[1])))
+
+    def past(self, known: QKV) -> Past:
+        """Keys and values of whole runs, as they enter the scores."""
+        return Past(self.attention.rotated(self.attention.rotate_k, known.k[None], 0)[0], known.v)
+
     def keys_values(self, resid_pre: Float[Tensor, "pair pos d_model"]) -> Past:
         """Keys and values of whole runs, from what enters the block."""
-        _, k, v = self.attention.qkv(self.norm1(resid_pre[None]), 0, resid_pre.shape[1])
-        return Past(self.attention.rotated(self.attention.rotate_k, k, 0)[0], v[0])
+        return self.past(self.qkv(resid_pre))
+
+    def _with_known(self, resid_pre: Tensor, known: QKV, moved: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of rows that differ from known runs at the positions ``moved`` alone."""
+        own = self.attention.qkv(self.norm1(resid_pre[:, :, moved]), 0, len(moved))
+        rows = [of.expand(len(resid_pre), *of.shape).clone() for of in known]
+        for of, at_moved in zip(rows, own, strict=True):
+            of[:, :, moved] = at_moved
+        return tuple(rows)
