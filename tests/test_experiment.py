@@ -93,6 +93,8 @@ def test_every_argument_of_a_sweep_can_stand_in_a_file() -> None:
             'kind = "efect"',
             "unknown kind of claim 'efect'. Available: agree, differ",
         ),
+        ('kind = "effect"', "kind = []", r"\[\[claims\]\] 1 \('Both.'\): kind should be a text, got \[\]"),
+        ("value = 1.0", "value = 1" + "0" * 30, "should be a number, got 10+, which 64 bits do not hold"),
         ('kind = "effect"', "", r"\[\[claims\]\] 1 \('Both.'\): the key 'kind' is missing"),
         ('source = "by hand"', "", r"\[\[claims\]\] 1 \('Both.'\): the key 'source' is missing"),
         ("value = 1.0", 'value = "1"', "value should be a number, got '1'"),

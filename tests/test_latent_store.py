@@ -114,6 +114,22 @@ def test_a_folder_of_something_else(any_model, tmp_path, change, message) -> Non
         stream(any_model, tmp_path, **change)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "{", "manifest.json does not read: .*remove the folder, and cache"),
+        ("manifest.json", '{"format": 1}', "manifest.json does not say what was written there"),
+        ("manifest.json", '{"format": 2}', "has format 2; this version reads 1"),
+        ("shard-000000.safetensors", "half", "shard-000000.safetensors does not read: .*remove the folder"),
+    ],
+)
+def test_a_damaged_store(any_model, tmp_path, name, content, message) -> None:
+    stream(any_model, tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PatchingError, match=message):
+        ActivationStore.open(tmp_path)[0]
+
+
 def test_a_folder_of_another_model(tmp_path) -> None:
     stream(model_of("native"), tmp_path)
     with pytest.raises(PatchingError, match="something else .*model: "):

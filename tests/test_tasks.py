@@ -452,6 +452,7 @@ BROKEN = [
     ('{ clean = "B" }', '{ cleen = "B" }', r"expected \{ clean = SLOT \}, .* got \{'cleen': 'B'\}"),
     ('{ clean = "B" }', '{ words = "people", above = "B" }', r"compare numbers, but .*\['Mary', 'John'"),
     ('{ clean = "B" }', '{ words = "nobody", same = "B" }', "unknown word list 'nobody'. Available: people"),
+    ('{ clean = "B" }', "{ clean = 5 }", r"expected \{ clean = SLOT \}, .* got \{'clean': 5\}"),
     ('"{A} liked {B}', '"{A} liked {C}', r"\[templates\] likes: unknown slot 'C'"),
     ('"{A} liked {B}', '"{A liked {B}', r"\[templates\] likes: a brace without its partner"),
     ('label = "flips"', 'label = "turns"', "unknown label 'turns'. Available: destroys, flips, preserves."),
@@ -470,6 +471,11 @@ BROKEN = [
         'people = ["Mary", "John", "James"]',
         'people = { columns = ["name"], rows = [["Mary"]], key = "age" }',
         r"\[words.people\]: unknown key 'age'\. Available: name\.",
+    ),
+    (
+        'people = ["Mary", "John", "James"]',
+        "people = { columns = [], rows = [] }",
+        r"\[words.people\]: columns is empty; name at least one\.",
     ),
 ]
 
