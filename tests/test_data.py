@@ -190,7 +190,6 @@ BAD_CELLS = [
     ({"incorrect": 50}, r"answer tokens \[50\] are outside 0..49"),
     ({"corrupted": "w1 w2 w3"}, "clean has 3 tokens, corrupted 4; patching by position needs equal lengths"),
     ({"clean": [0, 99], "corrupted": [0, 5]}, r"token ids must lie in 0..49, got \[0, 99, 0, 5\]"),
-    ({"clean": [0, -1]}, "clean has 2 tokens, corrupted 3; patching by position"),
     ({"clean": [0, 2**64]}, r"clean is list \[0, 18446744073709551616\], expected text or a list of"),
     ({"clean": "w1 \ud800"}, r"clean is str 'w1 \\ud800', in which character 4 is half of a surrogate pair"),
     ({"correct": "\ud800"}, r"correct is str '\\ud800', in which character 1 is half of a surrogate pair"),
@@ -207,6 +206,13 @@ def test_a_bad_row_is_named_with_its_line(any_model, tmp_path, change, message):
     assert first == "pairs.jsonl does not read:"
     assert re.match(f"line 2: {message}", others[0])
     assert all(line.startswith("  ") for line in others[1:]), others
+
+
+def test_ids_that_are_no_tokens_are_shown_as_they_are(any_model, tmp_path):
+    _, others = problems_of(from_jsonl, any_model, tmp_path, {**GOOD, "clean": [0, -1]})
+    assert others[0].startswith("line 1: clean has 2 tokens, corrupted 3;")
+    assert others[1] == "  clean:     [0, -1]"
+    assert others[3].startswith("line 1: token ids must lie in 0..49, got [0, -1, ")
 
 
 def test_every_bad_row_is_raised_at_once(any_model, tmp_path):
