@@ -59,8 +59,11 @@ def native(tokenizer: Any = None, **changes: Any) -> Any:
     return livelier(TransformerBridge.boot_native(TransformerBridgeConfig(**sizes), tokenizer=tokenizer))
 
 
-def bridged(kind: str, tokenizer: Any = None) -> Any:
-    """A random Hugging Face model, ``"gpt2"`` or ``"llama"``, behind a TransformerBridge."""
+def bridged(kind: str, tokenizer: Any = None, prepare: Callable[[Any], object] = lambda model: None) -> Any:
+    """A random Hugging Face model, ``"gpt2"`` or ``"llama"``, behind a TransformerBridge.
+
+    ``prepare`` may place its modules before they are wrapped.
+    """
     torch.manual_seed(0)
     n_layers, width, n_heads, d_mlp, n_ctx, d_vocab = (
         SIZES[k] for k in ("n_layers", "d_model", "n_heads", "d_mlp", "n_ctx", "d_vocab")
@@ -78,6 +81,7 @@ def bridged(kind: str, tokenizer: Any = None) -> Any:
             max_position_embeddings=n_ctx,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
+    prepare(model)
     bridge = TransformerBridge.boot_transformers(
         kind, hf_model=model.eval(), tokenizer=tokenizer or word_tokenizer()
     )
@@ -92,7 +96,7 @@ def livelier(model: Any) -> Any:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 noise = torch.randn(parameter.shape, generator=generator) * 0.15
-                parameter.add_(noise.to(parameter.dtype))
+                parameter.add_(noise.to(parameter))
     return model
 
 
