@@ -43,7 +43,7 @@ def long_sweep(
     asked = store if isinstance(store, Journal) or store is None else Journal(store)
     if asked is not None and not isinstance(asked.folder, str | Path):
         raise StoreError(f"store= takes a folder or a Journal, got {store!r}.")
-    size = _size(request, asked)
+    size = _size(request, engine, asked)
     with ExitStack() as stack:
         kept = None
         if asked is not None:
@@ -106,9 +106,9 @@ def _here(request: Request, engine: str, seed: int, units: Sequence[Unit]) -> It
             yield unit, parts(unit)
 
 
-def _size(request: Request, asked: Journal | None) -> Size:
-    """The size that was asked for, where it was, else one at which a unit takes seconds."""
-    usual = size_of(request)
+def _size(request: Request, engine: str, asked: Journal | None) -> Size:
+    """The size that was asked for, where it was, else one at which a unit takes about twenty seconds."""
+    usual = size_of(request, engine)
     if asked is None:
         return usual
     return Size(

@@ -4,6 +4,7 @@ Where the cuts lie depends on the request and two numbers, never on time or on w
 sweep that was stopped and goes on computes the same batches, and the same bits, as one that was not.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,18 @@ from torch import Tensor
 
 from patching.engine import Outcome, Request
 from patching.engine.baseline import shared_values
-from patching.engine.plan import alike
+from patching.engine.cost import token_layers
+from patching.engine.exact import why_not
+from patching.engine.forced import by_answer
+from patching.engine.plan import alike, groups
 from patching.engine.request import TokenPair
 from patching.run import measured
 from patching.sites import Cell, Grid, Site
 
-FLOPS = {"cpu": 1e11, "cuda": 2e13}
-"""Floating-point operations of a unit: seconds on most machines."""
+FLOPS = {"cpu": 2e12, "cuda": 2e14}
+"""Floating-point operations of a unit: about twenty seconds on most machines."""
+SOME = 256
+"""Cells whose cost is counted to know that of all."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,32 @@ class Part:
     facts: dict[str, Any]
 
 
-def size_of(request: Request) -> Size:
-    """A size at which a unit takes seconds: whole blocks of pairs, cut by cells only if that is too long."""
-    model, n_cells = request.model, max(1, len(request.grid.cells))
-    longest = max(map(len, request.pairs))
-    flops = 12 * model.n_layers * int(model.cfg.d_model) ** 2 * longest  # half a forward pass, on average
-    runs = max(1, int(FLOPS.get(model.device.type, FLOPS["cpu"]) // flops))
-    pairs = max(1, min(len(request.pairs), runs // n_cells))
-    return Size(pairs, min(n_cells, runs) if pairs == 1 else n_cells)
+def size_of(request: Request, engine: str) -> Size:
+    """A size at which a unit takes about twenty seconds: pairs with all their cells, so that unpatched runs
+    serve as many patched ones as they can; cut by cells only where one pair's take longer."""
+    n_pairs, n_cells = len(request.pairs), max(1, len(request.grid.cells))
+    room = FLOPS.get(request.model.device.type, FLOPS["cpu"]) / _flops_of_a_pair(request, engine)
+    if room < 1:
+        return Size(1, max(1, int(n_cells * room)))
+    blocks = math.ceil(n_pairs / min(int(room), n_pairs))
+    return Size(math.ceil(n_pairs / blocks), n_cells)
+
+
+def _flops_of_a_pair(request: Request, engine: str) -> float:
+    """Floating-point operations of all cells in one pair, from some cells in a pair of each length."""
+    request = by_answer(request)
+    model, cells = request.model, request.grid.cells
+    some = cells[:: max(1, len(cells) // SOME)] or ((),)
+    few = replace(request, grid=Grid({}, some))
+    whole = engine == "reference" or why_not(model) is not None
+    work, lengths = 0, request.lengths()
+    for row, *_ in lengths:
+        for group in groups(few, [row]):
+            each = (group.length * model.n_layers if whole else token_layers(few, group, patch)
+                    for patch in group.patches)  # fmt: skip
+            work += sum(each)
+    unpatched = 4 * max(pair.n_tokens for pair in request.pairs) * model.n_layers
+    return 24.0 * int(model.cfg.d_model) ** 2 * (work / len(lengths) * len(cells) / len(some) + unpatched)
 
 
 def cut(request: Request, size: Size) -> list[Unit]:

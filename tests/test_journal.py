@@ -116,7 +116,23 @@ def test_a_usual_unit_is_a_block_of_pairs_with_all_cells(any_model):
     from both_engines import request_of
 
     request = request_of(any_model, random_dataset(any_model, 4), "z", ("layer", "pos", "head"))
-    assert units.size_of(request) == units.Size(4, 84)
+    assert units.size_of(request, "auto") == units.Size(4, 84)
+
+
+def test_units_are_cut_by_what_cells_cost(any_model, monkeypatch):
+    """Blocks of pairs of one size; cells are cut only where those of one pair are too many."""
+    from both_engines import request_of
+
+    request = request_of(any_model, random_dataset(any_model, 5, 7, first=2), "z", ("layer", "pos", "head"))
+    heads, d_model = any_model.cfg.n_heads, any_model.cfg.d_model
+    # By hand, for one head: its own MLP, the layers behind it from its position on, the last at the end alone.
+    patched = sum(1 + (7 - p) + 1 for p in range(2, 7)) + 5 * (1 + 1) + 1
+    one_pair = 24 * d_model**2 * (heads * patched + 4 * 7 * 3)
+    monkeypatch.setitem(units.FLOPS, "cpu", 4.5 * one_pair)
+    assert units.size_of(request, "auto") == units.Size(3, 84), "3 and 2 pairs, not 4 and 1"
+    monkeypatch.setitem(units.FLOPS, "cpu", one_pair / 2)
+    assert units.size_of(request, "auto") == units.Size(1, 42)
+    assert units.size_of(request, "reference").cells < 42, "whole forward passes cost more"
 
 
 # Stopping and going on

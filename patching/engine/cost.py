@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from patching.engine import exact, resume
 from patching.engine.baseline import pairs_at_once
 from patching.engine.forced import by_answer
-from patching.engine.plan import Group, Patch, groups, waves
+from patching.engine.plan import Group, Patch, abreast, groups, waves
 from patching.engine.request import Request, chunks
 from patching.engine.verify import SAMPLES
 
@@ -66,7 +66,7 @@ def plan(request: Request) -> SweepPlan:
         for batch in chunks(group.rows, pairs_at_once(request, group.rows))
     ]
     counted = [_part(request, part, refusal is None) for part in parts]
-    passes, token_layers, peaks = zip(*counted, strict=True)
+    passes, work, peaks = zip(*counted, strict=True)
     runs = sum((len(part.patches) + len(part.zeros)) * len(part.rows) for part in parts)
     zeros = sum(len(part.zeros) * len(part.rows) for part in parts)
     naive = sum(
@@ -81,11 +81,11 @@ def plan(request: Request) -> SweepPlan:
         runs=runs,
         zeros=zeros,
         forwards=sum(passes) + shared + 2 * len(parts) + 2 + SAMPLES,
-        token_layers=sum(token_layers),
+        token_layers=sum(work),
         naive_token_layers=naive,
         peak_bytes=max(peaks),
         seconds=_seconds_per_token_layer(request, parts[0], refusal is None)
-        * (sum(token_layers) + sum(3 * len(p.rows) * p.length * request.model.n_layers for p in parts)),
+        * (sum(work) + sum(3 * len(p.rows) * p.length * request.model.n_layers for p in parts)),
         whole_because=refusal,
     )
 
@@ -97,14 +97,15 @@ def _part(request: Request, part: Group, resumed: bool) -> tuple[int, int, int]:
     if not resumed:
         packed = waves(part, [replace(p, start=0) for p in part.patches], limit)
         whole = len(part.rows) * part.length * model.n_layers
-        return len(packed), len(part.patches) * whole, _bytes(request, part, limit, part.length)
+        return len(packed), len(part.patches) * whole, _bytes(request, part, limit * part.length)
     packed = waves(part, part.patches, limit)
-    work = sum(_token_layers(request, part, patch) for patch in part.patches) * len(part.rows)
-    widest = max((len(w.patches) * len(w.rows) for w in packed), default=0)
-    return len(packed), work, _bytes(request, part, widest, part.length - part.first)
+    work = sum(token_layers(request, part, patch) for patch in part.patches) * len(part.rows)
+    together = abreast(packed, limit * (part.length - part.first))
+    held = max((sum(wave.positions for wave in some) for some in together), default=0)
+    return len(packed), work, _bytes(request, part, held)
 
 
-def _token_layers(request: Request, part: Group, patch: Patch) -> int:
+def token_layers(request: Request, part: Group, patch: Patch) -> int:
     """Positions × layers that one patch takes in one pair."""
     n_layers, positions = request.model.n_layers, part.length - patch.start
     block = request.model.block(patch.layer)
@@ -116,15 +117,19 @@ def _token_layers(request: Request, part: Group, patch: Patch) -> int:
     return own + positions * max(0, n_layers - 1 - first) + (at_end if first < n_layers else 0)
 
 
-def _bytes(request: Request, part: Group, rows: int, positions: int) -> int:
-    """Bytes of a batch: both unpatched runs with what is kept of them, and the rows of one wave."""
+def _bytes(request: Request, part: Group, held: int) -> int:
+    """Bytes of a batch: both unpatched runs with what is kept of them, and the rows that travel together.
+
+    ``held`` are the positions of these rows.
+    """
     model, pairs = request.model, len(part.rows)
     d_model, d_mlp = int(model.cfg.d_model), model.shape.d_mlp or 0
     logits = 2 * pairs * part.length * model.d_vocab
     kept = pairs * part.length * d_model * (2 * model.n_layers + 2 * len(request.grid.hook_points()))
-    wave = rows * max(positions, 1) * (2 * d_model) + resume.CACHE_BYTES
-    step = min(rows * max(positions, 1), 2**12) * 2 * d_mlp
-    return (logits + kept + wave + step) * model.dtype.itemsize
+    waves = held * 2 * d_model + resume.CACHE_BYTES
+    step = min(held, 2**12) * 2 * d_mlp
+    layer = 2 * d_model * (4 * d_model + 2 * d_mlp)  # its weights, laid out for many rows
+    return (logits + kept + waves + step + layer) * model.dtype.itemsize
 
 
 def _seconds_per_token_layer(request: Request, part: Group, resumed: bool) -> float:
