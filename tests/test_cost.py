@@ -61,6 +61,11 @@ def test_forwards_follow_the_rows(patcher, dataset):
     assert two_waves.token_layers == one_wave.token_layers
 
 
+def test_fewer_rows_take_less_memory(patcher, dataset):
+    peaks = [patcher.plan(dataset, "z", ("layer", "head"), max_rows=n).peak_bytes for n in (1, 6, 12)]
+    assert peaks[0] < peaks[1] < peaks[2]
+
+
 def test_what_is_planned_is_what_is_run(patcher, dataset):
     plan = patcher.plan(dataset, ["z", "mlp_out"], ("layer", "pos"), direction="noising")
     made = patcher.sweep(

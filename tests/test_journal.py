@@ -125,7 +125,7 @@ def test_units_are_cut_by_what_cells_cost(any_model, monkeypatch):
 
     request = request_of(any_model, random_dataset(any_model, 5, 7, first=2), "z", ("layer", "pos", "head"))
     heads, d_model = any_model.cfg.n_heads, any_model.cfg.d_model
-    # By hand, for one head: its own MLP, the layers behind it from its position on, the last at the end alone.
+    # By hand, for one head: its own MLP, the layers behind it from its position on, the last at the end.
     patched = sum(1 + (7 - p) + 1 for p in range(2, 7)) + 5 * (1 + 1) + 1
     one_pair = 24 * d_model**2 * (heads * patched + 4 * 7 * 3)
     monkeypatch.setitem(units.FLOPS, "cpu", 4.5 * one_pair)
