@@ -21,7 +21,8 @@ from torch import Tensor
 from patching.edges.graph import Graph
 from patching.edges.parts import EMBEDDED, equations
 from patching.errors import PatchingError, unknown
-from patching.models.block import Block, NoEdit
+from patching.models.block import Block
+from patching.models.edit import NoEdit
 from patching.models.face import LanguageModel
 from patching.sites import ACTIVATIONS
 

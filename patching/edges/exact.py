@@ -20,7 +20,8 @@ from patching.edges.measure import Batch, Edges, Step, batches, unpatched, with_
 from patching.edges.parts import attend, of_heads, projected
 from patching.edges.sets import positions_of
 from patching.engine.request import Outcome
-from patching.models.block import Block, NoEdit
+from patching.models.block import Block
+from patching.models.edit import NoEdit
 
 
 def measure(asked: Edges, step: Step = lambda n: None) -> Outcome:

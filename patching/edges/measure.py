@@ -20,7 +20,8 @@ from patching.engine.readout import score_rows
 from patching.engine.request import Outcome, Request, chunks, with_reference
 from patching.errors import MetricError
 from patching.metrics import Scorer
-from patching.models.block import Block, Edit, NoEdit
+from patching.models.block import Block
+from patching.models.edit import Edit, NoEdit
 
 GRAPH_BYTES = 2**30
 """What a batch of pairs keeps for its backward pass and its senders, where the user sets no ``max_rows``."""

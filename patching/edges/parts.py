@@ -15,7 +15,9 @@ from patching.edges.graph import QKV, Graph
 from patching.engine.exact import why_not
 from patching.engine.verify import tolerance
 from patching.errors import ModelError
-from patching.models.block import Block, NoEdit, Past
+from patching.models.attention import Past
+from patching.models.block import Block
+from patching.models.edit import NoEdit
 from patching.models.face import LanguageModel
 from patching.sites import ACTIVATIONS
 

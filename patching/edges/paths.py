@@ -21,7 +21,8 @@ from patching.edges.measure import Batch, Step, batches, check_answers, unpatche
 from patching.edges.parts import EMBEDDED, projected
 from patching.engine.request import Outcome, Request, chunks
 from patching.errors import PatchingError, SiteError, unknown
-from patching.models.block import Block, NoEdit
+from patching.models.block import Block
+from patching.models.edit import NoEdit
 from patching.sites import Cell, Site
 
 MLPS = ("recomputed", "frozen")

@@ -22,7 +22,7 @@ from patching.edges.parts import EMBEDDED, Run, equations, head_outputs, take_ap
 from patching.engine.request import Roles
 from patching.errors import SiteError
 from patching.models import face_of
-from patching.models.block import NoEdit
+from patching.models.edit import NoEdit
 from patching.models.face import LanguageModel
 from patching.sites import Site
 

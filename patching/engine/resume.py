@@ -19,7 +19,9 @@ from patching.engine.place import numbers_on
 from patching.engine.plan import Patch, Wave
 from patching.engine.writes import LayerWrites, Writes, gather, inner
 from patching.interventions import Custom, Replacement
-from patching.models.block import QKV, Block, NoEdit, Past
+from patching.models.attention import QKV, Past
+from patching.models.block import Block
+from patching.models.edit import NoEdit
 from patching.sites import Site
 
 Blocks = Callable[[int], Block]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from patching.engine.verify import tolerance
 from patching.errors import ModelError
-from patching.models.block import Attention, NoEdit, Past
+from patching.models.attention import Attention, Past
+from patching.models.edit import NoEdit
 from patching.models.face import LanguageModel
 from patching.sites import ACTIVATIONS, activation_of, split_layer
 

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patching.models.block import ACTIVATION_FUNCTIONS, MLP, Attention, Block, Function, Rotate
+from patching.models.attention import Attention, Rotate
+from patching.models.block import ACTIVATION_FUNCTIONS, MLP, Block, Function
 from patching.models.face import Hook, LanguageModel, Write, keeping
 
 _RESID_MID = re.compile(r"^(blocks\.\d+)\.(hook_resid_mid|ln2\.hook_in)$")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patching.models.block import ACTIVATION_FUNCTIONS, MLP, Attention, Block, Function, Rotate
+from patching.models.attention import Attention, Rotate
+from patching.models.block import ACTIVATION_FUNCTIONS, MLP, Block, Function
 from patching.models.face import Hook, LanguageModel
 from patching.sites import ACTIVATIONS, activation_of, split_layer
 
