@@ -221,8 +221,9 @@ def signed(path: Path) -> Path:
     """The folder of a manifest, whose checksum now agrees if it is a manifest at all."""
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         entries = json.loads(path.read_bytes())
-        entries |= {"checksum": sha256(canonical({k: v for k, v in entries.items() if k != "checksum"}))}
-        path.write_text(json.dumps(entries))
+        if isinstance(entries, dict):
+            stated = {key: value for key, value in entries.items() if key != "checksum"}
+            path.write_text(json.dumps({**stated, "checksum": sha256(canonical(stated))}))
     return path.parent
 
 

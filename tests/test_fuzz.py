@@ -137,6 +137,8 @@ def manifest_with(name: str, *place: str, value: object) -> bytes:
         ("signed", manifest_with("signed", "files", "x" * 300, value="")),
         ("signed", manifest_with("signed", "files", value={"$float": "nan"})),
         ("signed", manifest_with("signed", "result", value={"$float": "nan"})),
+        ("running", b"0"),
+        ("signed", b"[]"),
         ("running", manifest_with("running", "run", "identity", value=1)),
         ("running", manifest_with("running", "run", "size", value={"pairs": 2})),
         ("running", manifest_with("running", "run", "sessions", value={"a": 1})),
