@@ -1,7 +1,7 @@
 """Readers of files, fed with anything: what comes back is a result or a PatchingError, never another error.
 
-A few hundred inputs for each reader here; ``make fuzz`` tries as many as it is told to, and then looks for
-more by coverage (fuzz.py). The readers and what they are fed are in readers.py.
+A few hundred inputs for each reader here, the same each time; ``make fuzz`` tries as many others as it is
+told to, and then looks for more by coverage (fuzz.py). The readers and what they are fed are in readers.py.
 """
 
 import json
@@ -17,11 +17,14 @@ from readers import EXPERIMENT, READERS, ROWS, TASK, changed, nested, read_anyth
 from patching.store import tables
 
 settings.register_profile(
-    "few", max_examples=150, deadline=None, database=None,
+    "few", max_examples=150, deadline=None, database=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 settings.register_profile(
-    "many", settings.get_profile("few"), max_examples=int(os.environ.get("FUZZ_EXAMPLES", "20000"))
+    "many",
+    settings.get_profile("few"),
+    derandomize=False,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "20000")),
 )
 FUZZ = settings.get_profile("many" if "FUZZ_EXAMPLES" in os.environ else "few")
 
