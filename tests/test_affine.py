@@ -4,11 +4,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from patching.models import affine
 from patching.models.affine import Affine
 
 can_pack = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN"
 )
+
+
+@pytest.fixture(autouse=True)
+def pack_small_weights_too(monkeypatch):
+    monkeypatch.setattr(affine, "LARGE", 1)
 
 
 @can_pack
@@ -44,3 +50,10 @@ def test_only_float32_is_packed():
 def test_not_where_onednn_is_switched_off():
     with torch.backends.mkldnn.flags(enabled=False):
         assert not Affine(torch.randn(8, 12), None, often=True).often
+
+
+@can_pack
+def test_small_weights_are_not_worth_it(monkeypatch):
+    monkeypatch.setattr(affine, "LARGE", 8 * 12)
+    assert Affine(torch.randn(8, 12), None, often=True).often
+    assert not Affine(torch.randn(8, 11), None, often=True).often

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from patching.engine import resume
-from patching.models import face_of
+from patching.models import affine, face_of
 from patching.models.affine import Affine
 from patching.models.face import keeping
 from patching.sites import ACTIVATIONS
@@ -224,7 +224,7 @@ def test_nothing_is_left_of_what_stood_at_resid_mid(name):
 
 @pytest.fixture
 def packed(monkeypatch):
-    """Packs the weights of every layer, however few its rows; every weight that is packed."""
+    """Packs every weight, however small, and however few the rows; every weight that is packed."""
     used = []
     pack = Affine._packed.func
 
@@ -235,6 +235,7 @@ def packed(monkeypatch):
     counting = functools.cached_property(counted)
     counting.__set_name__(Affine, "_packed")
     monkeypatch.setattr(Affine, "_packed", counting)
+    monkeypatch.setattr(affine, "LARGE", 1)
     monkeypatch.setattr(resume, "MANY", 1)
     return used
 

@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+LARGE = 2**18
+"""Entries of a weight from which on packing it pays."""
+
 
 class Affine:
     """``x @ weight + bias`` over the last axis, as one matrix product."""
@@ -42,7 +45,8 @@ class Affine:
 
 def _can_be_packed(weight: Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        weight.numel() >= LARGE
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()

@@ -168,15 +168,15 @@ class Attention:
             v.reshape(pairs * K * cells, own, D),
         ).view(*rows, D)
         if len(past):
-            z = z + torch.bmm(
+            z.view(pairs * K, cells * G * queries, D).baddbmm_(
                 pattern[..., : len(past)].reshape(pairs * K, cells * G * queries, len(past)),
                 past.values.permute(0, 2, 1, 3).reshape(pairs * K, len(past), D),
-            ).view(*rows, D)
+            )
         return rearrange(z, "pair kv_head cell group pos d -> cell pair pos (kv_head group) d")
 
     def _pattern(self, scores: Tensor, length: int, edit: Edit) -> Tensor:
         """Softmax of the scores ``[pair, kv_head, cell, group, pos, src_pos]``, scaled and masked."""
-        scores = scores / self.scale
+        scores.div_(self.scale)  # in place, as the mask: fresh memory costs as much as they do
         if self.soft_cap > 0:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         queries = scores.shape[-2]
@@ -184,7 +184,7 @@ class Attention:
         if self.slopes is not None:
             slopes = self.slopes.view(self.n_kv, 1, -1, 1, 1)
             scores = scores + slopes * distance.to(scores.dtype)
-        scores = scores.masked_fill(self._hidden(distance), float("-inf"))
+        scores.masked_fill_(self._hidden(distance), float("-inf"))
         first = length - queries
         scores = _edited(edit, "attn_scores", scores, first)
         pattern = scores.softmax(-1, dtype=self.softmax_in).to(scores.dtype)
