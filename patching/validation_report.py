@@ -1,6 +1,6 @@
 """What validation found, pair by pair and all together: a table to read and a frame to work with."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,17 @@ import torch
 
 from patching.checks import counted
 from patching.dataset import PatchingDataset
-from patching.errors import PairError
+from patching.errors import PairError, PatchingError
+from patching.typed import typed
+
+REPORT = {"name": str, "model": str, "metric": str, "pairs": list, "interval": list, "prompts": list}
+PAIR = {
+    "pair": int, "template": str, "clean_length": int, "corrupted_length": int, "differing": list | None,
+    "answer_tokens": int, "colliding": bool, "correct_on_clean": bool | None,
+    "correct_on_corrupted": bool | None, "clean": int | float, "corrupted": int | float,
+    "duplicate_of": int | None, "why": list,
+}  # fmt: skip
+"""What a report holds, and what it holds of each pair, as JSON has it."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,9 @@ class ValidationReport:
 
     @classmethod
     def of_dict(cls, plain: Mapping[str, Any]) -> "ValidationReport":
-        """The report that :meth:`as_dict` wrote down."""
+        """The report that :meth:`as_dict` wrote down; :class:`PatchingError` where it is none."""
+        if problems := _problems(plain):
+            raise PatchingError("this is not a validation report:\n  " + "\n  ".join(problems))
         pairs = [
             PairReport(**{**p, "differing": _tupled(p["differing"]), "why": tuple(p["why"])})
             for p in plain["pairs"]
@@ -177,6 +189,33 @@ class ValidationReport:
         colliding = sum(p.colliding for p in self.pairs)
         alike = f"; correct and incorrect begin alike in {colliding} pairs" if colliding else ""
         return f", scored by summed log-probability{alike}"
+
+
+def _problems(plain: Any) -> list[str]:
+    """What is wrong with plain values that should be a report."""
+    problems: list[str] = []
+    if not typed(plain, REPORT, "the report", problems):
+        return problems
+
+    def held(values: Sequence[Any], kind: Any, where: str) -> None:
+        """Every value is of a kind."""
+        table = {str(number): value for number, value in enumerate(values)}
+        typed(table, dict.fromkeys(table, kind), where, problems)
+
+    for number, pair in enumerate(plain["pairs"]):
+        if typed(pair, PAIR, f"pair {number}", problems):
+            held(pair["differing"] or [], int, f"pair {number}: differing")
+            held(pair["why"], str, f"pair {number}: why")
+    held(plain["interval"], int | float, "interval")
+    held(plain["prompts"], str | list, "prompts")
+    for number, prompt in enumerate(plain["prompts"]):
+        if isinstance(prompt, list):
+            held(prompt, int, f"prompt {number}")
+    if not plain["pairs"]:
+        problems.append("the report is of no pairs.")
+    if len(plain["interval"]) != 2:
+        problems.append(f"interval: expected its two ends, got {plain['interval']!r}.")
+    return problems
 
 
 def _tupled(value: Any) -> Any:

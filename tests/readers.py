@@ -16,11 +16,12 @@ import operator
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import pyarrow as pa
@@ -29,18 +30,24 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from patching import PromptPairDataset, Site, SweepResult
+from patching.circuits import Circuit
+from patching.edges import Graph
 from patching.engine import Outcome
 from patching.errors import PatchingError, PatchingWarning
+from patching.experiment.again import read_notes, read_validation
 from patching.experiment.file import read_experiment
 from patching.experiment.folder import RUN, read_run
 from patching.identity import canonical, sha256
 from patching.latent import ActivationAddition, ActivationStore
+from patching.report import sections
+from patching.report.elements import html
 from patching.results import PairInfo
 from patching.store import journal, tables
 from patching.store.manifest import NAME as MANIFEST
 from patching.tasks.file import read_task
 from patching.tiny import load_tiny
 from patching.units import Part, Size, Unit
+from patching.validation_report import PairReport, ValidationReport
 
 # Valid files: small ones, in which everything that a reader knows stands once.
 
@@ -173,6 +180,24 @@ ADDITION = save_tensors(
 )
 
 
+CIRCUIT = Circuit.of(Graph(2, 2, 1), ["input->a1.h0<k>@S2", "a0.h1->m0@-1", "m1->logits"]).to_json()
+CLAIMS = json.dumps({
+    "experiment": "mine", "question": "Which heads?", "model": "tiny", "holding": 1, "failing": 0,
+    "claims": [{
+        "claim": "So.", "kind": "effect", "sweeps": ["heads"], "holds": True, "expected": "above 0",
+        "measured": "+1.0", "values": {"effect": 1.0}, "source": "by hand",
+    }],
+}).encode()  # fmt: skip
+VALIDATION = json.dumps([ValidationReport(
+    "ioi", "tiny", "logit_diff",
+    (
+        PairReport(0, "t", 3, 3, (2,), 1, False, True, False, 1.5, -1.0, None, ()),
+        PairReport(1, "t", 3, 4, None, 2, True, None, None, float("nan"), float("nan"), 0, ("unequal",)),
+    ),
+    (float("nan"), float("nan")), ("a b c", "a b d", (0, 1, 2), (0, 1, 2, 3)),
+).as_dict()]).encode()  # fmt: skip
+
+
 def saved() -> dict[str, bytes]:
     """The files of a finished result."""
     with tempfile.TemporaryDirectory() as folder:
@@ -209,6 +234,11 @@ def activations(folder: Path) -> object:
     """What a store holds, by prompt and in batches."""
     store = ActivationStore.open(folder)
     return store[0], list(store.batches())
+
+
+def shown(part: Iterable[Element]) -> str:
+    """Sections as the page has them."""
+    return "".join(map(html, part))
 
 
 def load(folder: Path) -> SweepResult:
@@ -458,6 +488,15 @@ def readers() -> Iterator[tuple[str, Reader]]:
     yield "store", Reader(lambda p: activations(p.parent), stored, json_changed, MANIFEST, {shard: SHARD})
     yield "shard", Reader(lambda p: activations(p.parent), SHARD, tensors_changed, shard, {MANIFEST: stored})
     yield "addition", Reader(ActivationAddition.load, ADDITION, tensors_changed)
+    yield (
+        "circuit",
+        Reader(lambda p: Circuit.from_json(p.read_text("utf-8", "replace")), CIRCUIT.encode(), json_changed),
+    )
+    yield "claims", Reader(lambda p: shown(sections.notes(read_notes(p))), CLAIMS, json_changed)
+    yield (
+        "validation",
+        Reader(lambda p: shown(sections.validation(read_validation(p))), VALIDATION, json_changed),
+    )
 
 
 READERS = dict(readers())

@@ -149,6 +149,29 @@ def test_json_and_back():
         Circuit.from_json(text.replace("a0.h1->m0", "a7.h0->m0"))
 
 
+@pytest.mark.parametrize(
+    ("counts", "why"),
+    [
+        ({"n_layers": 10**9}, "no model has 1000000000 layers of 2 heads"),
+        ({"n_heads": 0}, "no model has 2 layers of 0 heads"),
+        ({"n_layers": -1}, "no model has -1 layers"),
+        ({"n_heads": 3, "n_key_value_heads": 2}, "3 heads do not share 2 key/value heads evenly"),
+        ({"n_layers": "2"}, "n_layers should be a whole number, got '2'"),
+        ({"mlp": True}, "unknown key 'mlp'"),
+    ],
+)
+def test_counts_that_no_model_has_are_no_circuit(counts, why):
+    whole = json.loads(Circuit.of(GRAPH, ["m1->logits"]).to_json())
+    with pytest.raises(PatchingError, match=f"this is not a circuit:\n  its graph: .*{why}"):
+        Circuit.from_json(json.dumps({**whole, "graph": {**whole["graph"], **counts}}))
+
+
+def test_an_edge_that_is_no_text_is_no_circuit():
+    whole = json.loads(Circuit.of(GRAPH, ["m1->logits"]).to_json())
+    with pytest.raises(PatchingError, match="its edges: expected a list of texts"):
+        Circuit.from_json(json.dumps({**whole, "edges": ["m1->logits", 5]}))
+
+
 def test_unknown_nodes_and_edges_are_listed_with_what_there_is(known, swapped):
     with pytest.raises(SiteError) as error:
         Circuit.of_nodes(GRAPH, ["a5.h0", "m9", "b3"])

@@ -153,11 +153,15 @@ def test_a_report_is_written_again(tmp_path: Path) -> None:
     invoke("report", str(tmp_path / "or/sweeps/noising"), "--out", str(tmp_path / "one.html"))
     assert (tmp_path / "one.html").stat().st_size > 10_000
     assert "no folder" in invoke("report", str(tmp_path / "nowhere"), code=2).stderr
-    (tmp_path / "or/claims.json").write_text("[]")
-    assert "claims.json does not read" in invoke("report", str(tmp_path / "or"), code=2).stderr
-    (tmp_path / "or/claims.json").write_text('{"question": "?", "claims": []}')
-    (tmp_path / "or/validation.json").write_text('[{"name": "x"}]')
-    assert "validation.json does not read" in invoke("report", str(tmp_path / "or"), code=2).stderr
+    claims, validation = tmp_path / "or/claims.json", tmp_path / "or/validation.json"
+    validation.write_text('[{"name": "x"}]')
+    stopped = invoke("report", str(tmp_path / "or"), code=2).stderr
+    assert "validation.json does not read" in stopped
+    assert "the report: the key 'prompts' is missing." in stopped
+    claims.write_text(claims.read_text().replace('"holds": true', '"holds": 1'))
+    stopped = invoke("report", str(tmp_path / "or"), code=2).stderr
+    assert "claims.json does not read" in stopped
+    assert "claim 0: holds should be true or false, got 1." in stopped
 
 
 # What there is

@@ -11,7 +11,7 @@ from random_models import model_of, native, word_tokenizer
 from random_pairs import FourMembers, entropy, random_dataset, random_pairs, token_prompts
 
 from patching import IOIDataset, PromptPair, PromptPairDataset, load_model
-from patching.errors import PairError
+from patching.errors import PairError, PatchingError
 from patching.metrics import Answers
 from patching.models import face_of
 from patching.validation import _prefers
@@ -317,3 +317,21 @@ def test_a_report_comes_back_from_json(any_model):
     pd.testing.assert_frame_equal(again.to_frame(), report.to_frame())
     assert again.prompts == report.prompts
     assert again.reasons == report.reasons
+
+
+def test_what_is_no_report_says_why(any_model):
+    report = PromptPairDataset(any_model, [PromptPair("w0 w1", "w0 w2", "w4", "w5")]).validate(any_model)
+    plain = json.loads(json.dumps(report.as_dict()))
+    plain["pairs"][0] |= {"why": ["ok", 3], "colliding": 1}
+    plain["pairs"].append({**plain["pairs"][0], "differing": [0.5], "colliding": False, "why": []})
+    plain["interval"] = [0]
+    with pytest.raises(PatchingError) as error:
+        ValidationReport.of_dict(plain)
+    assert str(error.value).splitlines() == [
+        "this is not a validation report:",
+        "  pair 0: colliding should be true or false, got 1.",
+        "  pair 1: differing: 0 should be a whole number, got 0.5.",
+        "  interval: expected its two ends, got [0].",
+    ]
+    with pytest.raises(PatchingError, match="the report: expected a table, got 5"):
+        ValidationReport.of_dict(5)

@@ -13,6 +13,11 @@ from patching.edges import Edge, Graph, Node, Receiver
 from patching.edges.sets import positions_of
 from patching.engine.request import Roles
 from patching.errors import PatchingError, SiteError
+from patching.typed import texts, typed
+
+COUNTS = {"n_layers": int, "n_heads": int, "n_key_value_heads": int}
+MOST_HEADS = 10**6
+"""Heads of a model, in all its layers, that a file may speak of."""
 
 
 @dataclass(frozen=True)
@@ -184,12 +189,26 @@ class Circuit:
         """The circuit that :meth:`to_json` wrote; names are checked against the model's counts."""
         try:
             found = json.loads(text)
-            graph, edges = Graph(**found["graph"]), list(found["edges"])
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise PatchingError(
-                f'this is not a circuit: expected JSON {{"graph": ..., "edges": [...]}}, got {error!r}.'
-            ) from error
-        return cls.of(graph, edges)
+        except (ValueError, RecursionError) as error:
+            raise PatchingError(f"this is not a circuit: {error}.") from error
+        problems: list[str] = []
+        if typed(found, {"graph": dict, "edges": list}, "the circuit", problems):
+            texts(found["edges"], "its edges", problems)
+            if typed(found["graph"], COUNTS, "its graph", problems, {"mlps": bool, "parallel": bool}):
+                problems += _count_problems(**found["graph"])
+        if problems:
+            raise PatchingError("this is not a circuit:\n  " + "\n  ".join(problems))
+        return cls.of(Graph(**found["graph"]), found["edges"])
+
+
+def _count_problems(
+    n_layers: int, n_heads: int, n_key_value_heads: int, mlps: bool = True, parallel: bool = False
+) -> Iterator[str]:
+    """Why a model has no such counts: they are held against names, and all nodes are listed for that."""
+    if n_layers < 0 or n_heads < 1 or n_layers * n_heads > MOST_HEADS:
+        yield f"its graph: no model has {n_layers} layers of {n_heads} heads ({MOST_HEADS:,} at the most)."
+    elif n_key_value_heads < 1 or n_heads % n_key_value_heads:
+        yield f"its graph: {n_heads} heads do not share {n_key_value_heads} key/value heads evenly."
 
 
 def _whole(edge: Edge) -> Edge:

@@ -18,7 +18,7 @@ from patching.models import face_of
 Kind = Literal["input", "head", "mlp", "logits"]
 QKV = Literal["q", "k", "v"]
 QKVS: tuple[QKV, ...] = get_args(QKV)
-_NODE = re.compile(r"^(?:(input|logits)|a(\d+)\.h(\d+)|m(\d+))(?:@(.+))?$")
+_NODE = re.compile(r"^(?:(input|logits)|a(\d{1,9})\.h(\d{1,9})|m(\d{1,9}))(?:@(.+))?$")
 _RECEIVER = re.compile(r"^(.+?)(?:<([^<>]*)>)?$")
 
 
@@ -119,7 +119,7 @@ def _position(text: str | None) -> int | str | None:
     """A token position where the text is a whole number, else a role."""
     if not text:
         return None
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from patching.experiment.cells import point
 from patching.results import NullFloor, SweepResult
 from patching.sites import Grid
 from patching.statistics import Correction
-from patching.toml import Kind
+from patching.typed import Kind
 
 Keys = Mapping[str, Kind]
 

@@ -39,7 +39,7 @@ from patching.experiment.claims import Claim
 from patching.experiment.kinds import CLAIMS
 from patching.sites import Site
 from patching.statistics import Correction
-from patching.toml import Kind, read_toml, stop, texts, typed
+from patching.typed import Kind, read_toml, stop, texts, typed
 
 TOP: dict[str, Kind] = {"question": str, "model": str, "sweeps": dict, "claims": list}
 TOP_EXTRA: dict[str, Kind] = {"task": dict, "statistics": dict, "figures": list, "note": str}

@@ -8,7 +8,7 @@ import numpy as np
 from patching.experiment.cells import Cells, point
 from patching.experiment.claims import Measured
 from patching.sites import Grid
-from patching.toml import Kind
+from patching.typed import Kind
 
 NUMBER = (int, float)
 LIMITS: dict[str, Kind] = {"value": NUMBER, "tolerance": NUMBER, "above": NUMBER, "below": NUMBER}

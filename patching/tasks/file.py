@@ -22,7 +22,7 @@ from typing import Any
 from patching.errors import TaskError, unknown
 from patching.metrics import METRICS
 from patching.tasks.task import LABELS, AnswerRule, Corruption, Ref, Replacement, Task, Template, WordList
-from patching.toml import read_toml, stop, texts, typed
+from patching.typed import read_toml, stop, texts, typed
 
 ANSWER_KINDS = ("clean", "corrupted", "above", "up_to", "same", "differ")
 

@@ -1,4 +1,4 @@
-"""TOML files that people write: keys and types checked, every problem of a file reported at once."""
+"""Files of keys and values, in TOML or JSON: keys and types checked, all problems reported at once."""
 
 import tomllib
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ def _kinds(kind: Kind) -> tuple[type, ...]:
 
 
 def _is(value: object, kind: Kind) -> bool:
-    """``isinstance``, but true and false are no numbers, nor are those that TOML's 64 bits do not hold."""
+    """``isinstance``, but true and false are no numbers, nor are those that 64 bits do not hold."""
     kinds = _kinds(kind)
     return bool in kinds if isinstance(value, bool) else isinstance(value, kinds) and not _is_long(value)
 
