@@ -1,9 +1,9 @@
 """Does a long sweep survive? Kills, dead workers, a full disk and flipped bits, until it is done.
 
-A sweep of 10^5 sites on a small random model is started in a process of its own, again and again. Each
-time something happens to it: the process gets ``kill -9`` at a random moment, one of its workers does,
-its disk (a small tmpfs) fills up, or, between two starts, a byte of a finished part is flipped. It is
-started again with the same arguments until it ends. Expected: a result equal bit for bit to that of an
+A sweep of 10^5 sites on a small random model is started in a process of its own, again and again. Every
+few seconds something happens to it: the process gets ``kill -9``, one of its workers does, its disk (a
+small tmpfs) fills up, or, between two starts, a byte of a finished part is flipped. It is started again
+with the same arguments until it ends. Expected: a result equal bit for bit to that of an
 undisturbed run, no finished unit lost, and no unit run again but those that were in flight.
 
     make soak ARGS="--minutes 30"          # needs root for the tmpfs; without it a full disk is simulated
@@ -107,27 +107,23 @@ def children(pid: int) -> list[int]:
 def disturb(
     process: Any, disk: Path, mounted: bool, rng: random.Random, happened: Counter[str], patience: float
 ) -> None:
-    """Wait a while, then do something to a running sweep."""
-    until = time.time() + rng.uniform(0.0, patience)
-    while time.time() < until and process.is_alive():
-        time.sleep(0.01)
-    what = rng.choice(["kill", "kill", "kill", "worker", "full"])
-    if what == "worker":
-        for worker in children(process.pid)[:1]:
-            with_signal(worker)
-            happened["workers killed"] += 1
-    elif what == "full" and mounted:
-        free = shutil.disk_usage(disk).free
-        with contextlib.suppress(OSError), open(disk / "ballast", "wb") as ballast:
-            ballast.write(b"x" * max(0, free - rng.randrange(4096, 20_000)))
-    if what == "kill" and process.is_alive():
-        with_signal(process.pid)
-        happened["kill -9"] += 1
-    process.join(120)
-    if process.is_alive():
-        with_signal(process.pid)
-        process.join()
-        happened["kill -9"] += 1
+    """Do something to a running sweep every now and then, until it ends."""
+    process.join(rng.uniform(0.0, patience))
+    while process.is_alive():
+        match rng.choice(["kill", "kill", "kill", "worker", "full"]):
+            case "kill":
+                with_signal(process.pid)
+                happened["kill -9"] += 1
+                process.join()
+            case "worker":
+                for worker in children(process.pid)[:1]:
+                    with_signal(worker)
+                    happened["workers killed"] += 1
+            case "full" if mounted:
+                free = shutil.disk_usage(disk).free
+                with contextlib.suppress(OSError), open(disk / "ballast", "wb") as ballast:
+                    ballast.write(b"x" * max(0, free - rng.randrange(4096, 20_000)))
+        process.join(rng.uniform(0.0, patience))
     (disk / "ballast").unlink(missing_ok=True)
 
 
@@ -204,9 +200,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="or after this many kills")
     parser.add_argument("--cells", type=int, default=800, help="sites in a unit")
     parser.add_argument("--neurons", type=int, default=1100, help="in a layer: 96 sites for each")
-    parser.add_argument(
-        "--patience", type=float, default=6.0, help="seconds until something happens, at most"
-    )
+    parser.add_argument("--patience", type=float, default=6.0, help="seconds between two of them, at most")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)  # forked processes must not share a pool of threads
