@@ -115,11 +115,11 @@ def of_jsonl(path: str | Path) -> Table:
 def of_parquet(path: str | Path) -> Table:
     """The rows of a Parquet file, counted from 1."""
     from pyarrow import ArrowException, BufferReader
-    from pyarrow.parquet import read_table
+    from pyarrow.parquet import ParquetFile
 
     path, stored = _stored(path)
     try:
-        read = read_table(BufferReader(stored))
+        read = ParquetFile(BufferReader(stored)).read()
         read.validate(full=True)  # text that is not UTF-8, lengths that lie
         columns, values = list(read.column_names), read.to_pylist()
     except (ArrowException, OSError, ValueError, ArithmeticError) as error:  # dates that Python has not

@@ -363,7 +363,7 @@ def as_toml(value: Any) -> str:
 
 def rows_changed(content: bytes, random: Random, schema: pa.Schema | None = None) -> bytes:
     """A Parquet file with other rows, of the same columns if a schema says so."""
-    rows = with_change(pq.read_table(pa.BufferReader(content)).to_pylist(), random)
+    rows = with_change(pq.ParquetFile(pa.BufferReader(content)).read().to_pylist(), random)
     return tables._bytes(pa.Table.from_pylist(rows, schema=schema))
 
 
@@ -377,7 +377,7 @@ def columns_changed(content: bytes, random: Random) -> bytes:
     """A Parquet file with other rows, or with a column of any type and any bits."""
     if random.randrange(2):
         return rows_changed(content, random)
-    table = pq.read_table(pa.BufferReader(content))
+    table = pq.ParquetFile(pa.BufferReader(content)).read()
     bits = pa.py_buffer(random.randbytes(16 * len(table)))
     odd = pa.Array.from_buffers(random.choice(TYPES), len(table), [None, bits])
     return tables._bytes(table.set_column(random.randrange(len(table.columns)), "clean", odd))
