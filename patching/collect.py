@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from patching.dataset import PatchingDataset
 from patching.engine import Outcome, Request
@@ -43,15 +44,14 @@ def names_of(activation: Asked) -> str | tuple[str, ...]:
 
 def pair_infos(request: Request) -> tuple[PairInfo, ...]:
     """The pairs of a request in words."""
-    text = request.model.str_tokens
+    ids = torch.cat([tokens for pair in request.pairs for tokens in (pair.clean, pair.corrupted)]).unique()
+    words = dict(zip(ids.tolist(), request.model.str_tokens(ids), strict=True))
+
+    def text(tokens: Tensor) -> tuple[str, ...]:
+        return tuple(words[token] for token in tokens.tolist())
+
     return tuple(
-        PairInfo(
-            pair.index,
-            tuple(text(pair.clean)),
-            tuple(text(pair.corrupted)),
-            pair.roles,
-            pair.template,
-        )
+        PairInfo(pair.index, text(pair.clean), text(pair.corrupted), pair.roles, pair.template)
         for pair in request.pairs
     )
 

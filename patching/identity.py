@@ -174,12 +174,12 @@ def content_hash(pairs: Sequence[TokenPair], answers: Any) -> str:
             pair.index,
             pair.clean.tolist(),
             pair.corrupted.tolist(),
-            pair.template,
-            sorted((role, list(at)) for role, at in pair.roles.items()),
+            plain(pair.template),
+            plain(sorted((role, list(at)) for role, at in pair.roles.items())),
         ]
         for pair in pairs
     ]
-    return sha256(canonical(plain(rows)), canonical(plain(answers)))
+    return sha256(canonical(rows), canonical(plain(answers)))
 
 
 # -- code -----------------------------------------------------------------------------------------
