@@ -7,29 +7,21 @@ computed: the same units, each with its own base runs.
 
 import itertools
 import os
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import uuid4
 
-import numpy as np
 import torch
 
 from patching.engine import Request
-from patching.engine.request import TokenPair
 from patching.errors import MissingPackage, PatchingError
-from patching.identity import weight_hash
-from patching.models import face_of
-from patching.run import ready
-from patching.sites import Cell, Grid
+from patching.sites import Cell
 from patching.units import Part, Parts, Unit
+from patching.worker import FORKED, Errand, Job, Load, run_unit, submit
 
-Load = Callable[[], Any]
-"""Gives a worker its model: a function without arguments that every worker can import."""
 Run = Callable[[Request, str, int, Sequence[Unit]], Iterable[tuple[Unit, Part]]]
 """Runs units of a request and yields each as it ends, in any order."""
 
@@ -88,119 +80,7 @@ def runner(executor: "Executor | Workers | RayWorkers | Literal['ray']") -> Run:
     )
 
 
-# -- what travels -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request without its model and cells, for a worker to keep."""
-
-    key: str
-    request: Request
-    pairs: tuple[tuple[Any, ...], ...]
-    weights: str
-    engine: str
-    seed: int
-    threads: int
-
-    @classmethod
-    def of(cls, request: Request, engine: str, seed: int, threads: int) -> "Job":
-        """Token ids travel as arrays: hundreds of shared tensors would exhaust a system's file handles."""
-        pairs = tuple(
-            (p.index, _array(p.clean), _array(p.corrupted), p.roles, p.template) for p in request.pairs
-        )
-        bare: Any = replace(request, model=None, pairs=(), grid=Grid({}, ()))  # type: ignore[arg-type]
-        return cls(uuid4().hex, bare, pairs, weight_hash(request.model.model), engine, seed, threads)
-
-    def parts(self, model: Any) -> Parts:
-        """The job on a worker's own model; :class:`PatchingError` where that is another one."""
-        face = face_of(model)
-        if weight_hash(face.model) != self.weights:
-            raise PatchingError(
-                "load() gave a worker a model with other weights than the sweep's. It has to load and "
-                "change the model just as you did: name, precision, folded weights."
-            )
-
-        def tokens(ids: np.ndarray) -> torch.Tensor:
-            return torch.as_tensor(ids, device=face.device)
-
-        pairs = [TokenPair(i, tokens(clean), tokens(other), *rest) for i, clean, other, *rest in self.pairs]
-        return Parts(replace(self.request, model=face, pairs=pairs), self.engine, self.seed)
-
-
-def _array(tokens: torch.Tensor) -> np.ndarray:
-    return tokens.cpu().numpy()
-
-
-def _run_unit(parts: Parts, unit: Unit, cells: Sequence[Cell]) -> Part:
-    """Run one unit on a worker's model."""
-    part = replace(parts.request, grid=Grid({}, tuple(cells)))
-    with ready(part):
-        return parts.run(unit, cells)
-
-
 # -- executors --------------------------------------------------------------------------------------
-
-_FORKED: dict[str, Parts] = {}
-"""Jobs of this process, for the processes that are forked from it."""
-_LOADED: dict[str, Parts] = {}
-"""The job that this worker has its model for."""
-_TURNS = threading.Lock()
-"""Threads share one model, whose hooks are its own: they take turns."""
-
-
-@dataclass(frozen=True)
-class Errand:
-    """What a worker of an executor is told with every unit."""
-
-    key: str
-    job: Job | None
-    """None where workers are forked and have it already."""
-    load: Load | None
-    threads: int
-    driver: int
-    """The process that sent it."""
-
-    def parts(self) -> Parts:
-        """The job on this worker's model, which is loaded once."""
-        if self.job is None and self.key in _FORKED:
-            return _FORKED[self.key]
-        if self.job is None or self.load is None:
-            raise PatchingError(
-                "this pool's processes do not have the model: they were started before the sweep, or "
-                "not forked. Give Workers(pool, load=...), a function that loads it there."
-            )
-        if self.key not in _LOADED:
-            _LOADED.clear()
-            _LOADED[self.key] = self.job.parts(self.load())
-        return _LOADED[self.key]
-
-
-def _work(errand: Errand, unit: Unit, cells: Sequence[Cell]) -> Part:
-    """What a worker does: get the model once, then run units."""
-    with _TURNS:
-        if os.getpid() != errand.driver:
-            _settle(errand.threads)
-        return _run_unit(errand.parts(), unit, cells)
-
-
-_SETTLED: set[int] = set()
-
-
-def _settle(threads: int) -> None:
-    """Once in a worker process: its threads, and an end when the driver ends."""
-    if os.getpid() in _SETTLED:
-        return
-    _SETTLED.add(os.getpid())
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A pool's processes outlive a killed driver and would hold on to its lock and memory."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _on_executor(
@@ -210,7 +90,7 @@ def _on_executor(
     job = Job.of(request, engine, seed, workers.threads) if workers.load is not None else None
     key = job.key if job is not None else uuid4().hex
     if job is None:
-        _FORKED[key] = Parts(request, engine, seed)
+        FORKED[key] = Parts(request, engine, seed)
     errand = Errand(key, job, workers.load, workers.threads, os.getpid())
     waiting, broken = deque(units), 0
     pool = _made(workers)
@@ -222,7 +102,7 @@ def _on_executor(
                 while waiting and len(running) < at_once:
                     unit = waiting[0]
                     cells = request.grid.cells[unit.cells.start : unit.cells.stop]
-                    future = pool.submit(_work, errand, unit, cells)
+                    future = submit(pool, errand, unit, cells)
                     running[future] = waiting.popleft()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     part = _result(future)
@@ -239,7 +119,7 @@ def _on_executor(
     finally:
         for future in running:
             future.cancel()
-        _FORKED.pop(key, None)
+        FORKED.pop(key, None)
         if not isinstance(workers.executor, Executor):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -332,7 +212,7 @@ class _Actor:
 
     def run(self, unit: Unit, cells: Sequence[Cell]) -> Part:
         """Run one unit."""
-        return _run_unit(self.parts, unit, cells)
+        return run_unit(self.parts, unit, cells)
 
 
 def _room(resources: dict[str, float], workers: RayWorkers) -> int:

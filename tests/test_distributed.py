@@ -4,6 +4,8 @@ import functools
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from random_models import MODELS, native
 from random_pairs import ragged_dataset, random_dataset
 
-from patching import ActivationPatcher, SweepResult
+from patching import ActivationPatcher, SweepResult, worker
 from patching.distributed import Workers
 from patching.errors import MissingPackage, PatchingError, StoreError
 from patching.store import Journal
@@ -209,6 +211,67 @@ def test_a_killed_drivers_workers_let_go(any_model, tmp_path):
         SweepResult.load(tmp_path / "run")
     assert len(list((tmp_path / "run" / "parts").iterdir())) == 5
     assert_same_bits(sweep(any_model, store=tmp_path / "run"), here)
+
+
+class Idle(ProcessPoolExecutor):
+    """A pool whose processes have nothing to do when their driver is killed."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        super().submit(os.getpid).result()
+        for child in multiprocessing.active_children():
+            os.write(SAID[1], b"%d " % child.pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+SAID = os.pipe()
+
+
+def test_workers_of_a_killed_driver_end_that_never_had_a_unit(any_model):
+    workers = Workers(functools.partial(Idle, 2, FORK))
+    process = FORK.Process(target=functools.partial(sweep, any_model, executor=workers))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    pids = [int(pid) for pid in os.read(SAID[0], 100).split()]
+    assert len(pids) == 2
+    until = time.monotonic() + 60
+    try:
+        while any(map(is_running, pids)):
+            assert time.monotonic() < until, "a process waits for units that nobody will send"
+            time.sleep(0.1)
+    finally:
+        for pid in filter(is_running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_running(pid):
+    """Whether a process is there and not only waiting to be buried."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_other_forks_of_the_driver_are_not_bound_to_it():
+    process = FORK.Process(target=lambda: os._exit(threading.active_count()))
+    process.start()
+    process.join()
+    assert process.exitcode == 1, "a thread of ours was started in it"
+
+
+def test_a_worker_whose_driver_died_before_its_first_unit_ends(monkeypatch):
+    class Dead:
+        def is_alive(self):
+            return False
+
+    def ended(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(worker.multiprocessing, "parent_process", Dead)
+    monkeypatch.setattr(worker.os, "_exit", ended)
+    monkeypatch.setattr(worker, "_SETTLED", set())
+    with pytest.raises(SystemExit):
+        worker._settle(torch.get_num_threads())
 
 
 # Ray: two local actors on two cores, started once

@@ -18,11 +18,12 @@ PACKAGE = ROOT / "patching"
 
 # Floor of every room, bottom first. A room may import its own floor and those below.
 FLOORS = [
-    {"errors", "toml"},
+    {"errors", "typed"},
     {"sites", "metrics", "interventions"},
     {"models", "dataset", "tasks", "tiny",
      "prompt", "checks", "prompt_pairs", "table", "rows", "subset", "validation_report"},
-    {"engine", "pairs", "identity", "finite", "gradients", "edges", "ask", "run", "units", "distributed"},
+    {"engine", "pairs", "identity", "finite", "gradients", "edges", "ask", "run", "units", "worker",
+     "distributed"},
     {"results", "statistics", "store", "compiled", "validation", "collect",
      "joint", "tracing", "mediation", "edge_results", "long", "circuits",
      "screen", "screen_result", "compare"},
