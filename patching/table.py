@@ -17,6 +17,7 @@ import pandas as pd
 from torch import Tensor
 
 from patching.errors import PairError
+from patching.parquet import parquet_table
 from patching.prompt import PromptPair
 
 Row = Mapping[str, Any]
@@ -114,13 +115,11 @@ def of_jsonl(path: str | Path) -> Table:
 
 def of_parquet(path: str | Path) -> Table:
     """The rows of a Parquet file, counted from 1."""
-    from pyarrow import ArrowException, BufferReader
-    from pyarrow.parquet import ParquetFile
+    from pyarrow import ArrowException
 
     path, stored = _stored(path)
     try:
-        read = ParquetFile(BufferReader(stored)).read()
-        read.validate(full=True)  # text that is not UTF-8, lengths that lie
+        read = parquet_table(stored)
         columns, values = list(read.column_names), read.to_pylist()
     except (ArrowException, OSError, ValueError, ArithmeticError) as error:  # dates that Python has not
         raise PairError(f"{path.name}: not a Parquet file that can be read: {error}") from error

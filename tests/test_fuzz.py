@@ -86,6 +86,19 @@ def parquet_of_bad_time() -> bytes:
     return tables._bytes(pa.table({"clean": pa.array([2**62], pa.duration("s"))}))
 
 
+def parquet_that_claims_rows(name: str, where: int) -> bytes:
+    """A Parquet file of 6 rows, which in one place of its footer says that they are 2**37."""
+    content = READERS[name].valid
+    end = len(content) - 8
+    start = end - int.from_bytes(content[end : end + 4], "little")
+    six, many = b"\x16\x0c", b"\x16" + b"\x80" * 5 + b"\x08"  # a number in Thrift's compact protocol
+    parts = content[start:end].split(six)
+    assert len(parts) > 3, "the file, its row group, and every column of it"
+    at = where % (len(parts) - 1)
+    footer = six.join(parts[: at + 1]) + many + six.join(parts[at + 1 :])
+    return content[:start] + footer + len(footer).to_bytes(4, "little") + content[-4:]
+
+
 def without(valid: str, old: str, new: str) -> bytes:
     """A valid text with something else in one place."""
     assert valid.count(old) == 1, f"{old!r} stands {valid.count(old)} times"
@@ -136,6 +149,9 @@ def manifest_with(name: str, *place: str, value: object) -> bytes:
         ("part", b"\xff" * 8),
         ("part", (2**40).to_bytes(8, "little") + b"{}"),
         ("values", b"PAR1" + b"\xff" * 40 + b"PAR1"),
+        ("values", parquet_that_claims_rows("values", 0)),
+        ("values", parquet_that_claims_rows("values", 1)),
+        ("values", parquet_that_claims_rows("values", -1)),
         ("signed", manifest_with("signed", "provenance", "a", value=nested(490))),
         ("signed", manifest_with("signed", "files", "x" * 300, value="")),
         ("signed", manifest_with("signed", "files", value={"$float": "nan"})),

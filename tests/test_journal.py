@@ -188,6 +188,19 @@ def test_a_stopped_run_goes_on_and_repeats_nothing(any_model, tmp_path, monkeypa
     assert got.provenance["verified_cells"] == expected.provenance["verified_cells"]
 
 
+def test_a_run_stopped_before_its_first_word_can_begin_again(any_model, tmp_path, monkeypatch):
+    """Killed while the manifest is written for the first time: nothing in the folder says whose it is."""
+    with monkeypatch.context() as stopping:
+        stopping.setattr(journal_module, "write_manifest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(any_model, store=tmp_path / "run")
+    assert_same_bits(sweep(any_model, store=tmp_path / "run"), sweep(any_model, store=tmp_path / "other"))
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 def test_an_unfinished_run_is_not_a_result(any_model, tmp_path, monkeypatch):
     stopped(any_model, tmp_path / "run", monkeypatch)
     with pytest.raises(StoreError, match="not finished. Run the same sweep with store="):

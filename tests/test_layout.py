@@ -18,7 +18,7 @@ PACKAGE = ROOT / "patching"
 
 # Floor of every room, bottom first. A room may import its own floor and those below.
 FLOORS = [
-    {"errors", "typed"},
+    {"errors", "typed", "parquet"},
     {"sites", "metrics", "interventions"},
     {"models", "dataset", "tasks", "tiny",
      "prompt", "checks", "prompt_pairs", "table", "rows", "subset", "validation_report"},

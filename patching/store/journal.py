@@ -248,10 +248,10 @@ def _note_session(folder: Path, manifest: dict[str, Any], environment: dict[str,
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     sessions.append({"started": now, "environment": environment})
     try:
-        (folder / PARTS).mkdir(exist_ok=True)
         for path in (*folder.glob(".*.tmp"), *(folder / PARTS).glob(".*.tmp")):
             path.unlink()  # what a killed process was writing
-        write_manifest(folder, _stated(manifest))
+        write_manifest(folder, _stated(manifest))  # first of all: without it a folder is taken for another's
+        (folder / PARTS).mkdir(exist_ok=True)
     except (OSError, UnicodeEncodeError) as error:
         raise _unwritable(folder, 0, error) from error
 

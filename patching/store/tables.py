@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patching.errors import StoreError
+from patching.parquet import parquet_table
 from patching.results import PairInfo
 from patching.sites import Cell, Site
 
@@ -161,8 +162,7 @@ def _bytes(table: pa.Table) -> bytes:
 def _table(content: bytes, name: str, schema: pa.Schema) -> pa.Table:
     """A table of exactly these columns, without empty fields where there must be none."""
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read()
-        table.validate(full=True)
+        table = parquet_table(content)
     except (pa.ArrowException, OSError, ValueError, TypeError, MemoryError) as error:
         raise StoreError(f"{name}: not a Parquet file that can be read: {_line(error)}") from error
     if not table.schema.equals(schema):
