@@ -107,7 +107,7 @@ def _here(request: Request, engine: str, seed: int, units: Sequence[Unit]) -> It
 
 
 def _size(request: Request, engine: str, asked: Journal | None) -> Size:
-    """The size that was asked for, where it was, else one at which a unit takes about ten seconds."""
+    """The size that was asked for, where it was, else one at which a unit takes about half a minute."""
     usual = size_of(request, engine)
     if asked is None:
         return usual

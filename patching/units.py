@@ -22,8 +22,8 @@ from patching.engine.request import TokenPair
 from patching.run import measured
 from patching.sites import Cell, Grid, Site
 
-FLOPS = {"cpu": 1e12, "cuda": 1e14}
-"""Floating-point operations of a unit: about ten seconds on most machines."""
+FLOPS = {"cpu": 3e12, "cuda": 3e14}
+"""Floating-point operations of a unit: about half a minute on most machines."""
 SOME = 256
 """Cells whose cost is counted to know that of all."""
 
@@ -54,7 +54,7 @@ class Part:
 
 
 def size_of(request: Request, engine: str) -> Size:
-    """A size at which a unit takes about ten seconds: pairs with all their cells, so that unpatched runs
+    """A size at which a unit takes about half a minute: pairs with all their cells, so that unpatched runs
     serve as many patched ones as they can; cut by cells only where one pair's take longer."""
     n_pairs, n_cells = len(request.pairs), max(1, len(request.grid.cells))
     room = FLOPS.get(request.model.device.type, FLOPS["cpu"]) / _flops_of_a_pair(request, engine)

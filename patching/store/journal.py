@@ -45,7 +45,7 @@ SUFFIX, DAMAGED = ".safetensors", ".damaged"
 class Journal:
     """Where a long sweep is kept, and, if asked for, how large its units are.
 
-    By default a unit takes about ten seconds. Smaller units lose less work when a run is stopped,
+    By default a unit takes about half a minute. Smaller units lose less work when a run is stopped,
     larger ones cost less to keep. The size is fixed when the folder is made.
     """
 
