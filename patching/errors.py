@@ -67,6 +67,15 @@ class PatchingWarning(UserWarning):
     """Something a reader of the results has to know; the results themselves stand."""
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: the beginning of a long one, and no more than its type if it is deep."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply to show"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def unknown(kind: str, got: object, known: Iterable[object]) -> str:
     """The message for a name that does not exist: what was asked for and what there is."""
     return f"unknown {kind} {got!r}. Available: {', '.join(sorted(map(str, known)))}."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patching.checks import answer_problems, prompt_problems
 from patching.dataset import Prompt
-from patching.errors import PairError, unknown
+from patching.errors import PairError, shown, unknown
 from patching.metrics import Metric
 from patching.models import face_of
 from patching.models.face import LanguageModel
@@ -132,8 +132,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"is {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"is {type(value).__name__} {shown(value)}"
 
 
 def _whole(value: Any) -> int | None:
@@ -245,5 +244,5 @@ def _positions(role: str, at: Any, expected: str) -> int | tuple[int, ...]:
     places = [_whole(item) for item in items] if items is not None else [None]
     known = tuple(place for place in places if place is not None)
     if len(known) < len(places):
-        raise _Wrong(f"has {role!r} at {at!r}, {expected}")
+        raise _Wrong(f"has {role!r} at {shown(at)}, {expected}")
     return known

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from patching.errors import PatchingError, unknown
+from patching.errors import PatchingError, shown, unknown
 
 Kind = Any
 """What a key may hold, as ``isinstance`` takes it: a type, a union or a tuple of types."""
@@ -41,7 +41,7 @@ def typed(
     """Whether a table has exactly the keys it may have, each of the right type."""
     before = len(problems)
     if not isinstance(table, dict):
-        problems.append(f"{where}: expected a table, got {table!r}.")
+        problems.append(f"{where}: expected a table, got {shown(table)}.")
         return False
     allowed = {**required, **(optional or {})}
     for key in sorted(table.keys() - allowed.keys()):
@@ -57,7 +57,7 @@ def typed(
 def texts(values: object, where: str, problems: list[str]) -> None:
     """Note a problem unless the values are a list of texts."""
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        problems.append(f"{where}: expected a list of texts, got {values!r}.")
+        problems.append(f"{where}: expected a list of texts, got {shown(values)}.")
 
 
 def _kinds(kind: Kind) -> tuple[type, ...]:
@@ -77,7 +77,7 @@ def _is_long(value: object) -> bool:
 
 
 def _said(value: object) -> str:
-    return f"{value!r}, which 64 bits do not hold" if _is_long(value) else repr(value)
+    return f"{shown(value)}{', which 64 bits do not hold' * _is_long(value)}"
 
 
 def _type_name(kind: Kind) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from patching.checks import counted
 from patching.dataset import PatchingDataset
-from patching.errors import PairError, PatchingError
+from patching.errors import PairError, PatchingError, shown
 from patching.typed import typed
 
 REPORT = {"name": str, "model": str, "metric": str, "pairs": list, "interval": list, "prompts": list}
@@ -152,8 +152,8 @@ class ValidationReport:
         lines = [f"{pairs} of {self.name} on {self.model}: {self.n_usable} usable"]
         lines += [f"  {label:<16} {value}" for label, value in self._facts()]
         for reason, numbers in self.reasons.items():
-            shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-            lines.append(f"  {'not usable':<16} {len(numbers)}: {reason} (pair {shown})")
+            some = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+            lines.append(f"  {'not usable':<16} {len(numbers)}: {reason} (pair {some})")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -214,7 +214,7 @@ def _problems(plain: Any) -> list[str]:
     if not plain["pairs"]:
         problems.append("the report is of no pairs.")
     if len(plain["interval"]) != 2:
-        problems.append(f"interval: expected its two ends, got {plain['interval']!r}.")
+        problems.append(f"interval: expected its two ends, got {shown(plain['interval'])}.")
     return problems
 
 

@@ -176,3 +176,10 @@ def manifest_with(name: str, *place: str, value: object) -> bytes:
 def test_what_has_broken_readers_before(name, content, tmp_path):
     """Deep nesting, long numbers, fields without end, lengths that lie, values of another type."""
     assert not read_anything(name, content, tmp_path)
+
+
+def test_what_reads_may_be_too_deep_to_be_shown(tmp_path):
+    """Where Python still reads a list in a list in a list, it may not have the stack to write it down."""
+    for depth in range(600, 1000):
+        answer = b"[" * depth + b"]" * depth
+        assert not read_anything("jsonl", row_with(correct="@").replace(b'"@"', answer), tmp_path)

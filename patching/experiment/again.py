@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from patching.errors import ExperimentError, PatchingError
+from patching.errors import ExperimentError, PatchingError, shown
 from patching.experiment.folder import RUN, read_run
 from patching.results import SweepResult
 from patching.typed import typed
@@ -54,7 +54,7 @@ def read_notes(path: Path) -> dict[str, str | pd.DataFrame]:
 def read_validation(path: Path) -> list[ValidationReport]:
     """What validation found of the pairs of a run, from its ``validation.json``."""
     found = _read(path)
-    _stop(path, [] if isinstance(found, list) else [f"expected a list of reports, got {found!r}."])
+    _stop(path, [] if isinstance(found, list) else [f"expected a list of reports, got {shown(found)}."])
     try:
         return [ValidationReport.of_dict(report) for report in found]
     except PatchingError as error:

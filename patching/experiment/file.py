@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from patching.errors import ExperimentError, unknown
+from patching.errors import ExperimentError, shown, unknown
 from patching.experiment.cells import Cells
 from patching.experiment.claims import Claim
 from patching.experiment.kinds import CLAIMS
@@ -191,7 +191,7 @@ def _check_claim(entry: object, where: str, problems: list[str]) -> None:
         for cells in entry.get("cells", []):
             if not isinstance(cells, dict):
                 problems.append(
-                    f"{where} cells: expected tables like {{ layer = 9, head = 6 }}, got {cells!r}."
+                    f"{where} cells: expected tables like {{ layer = 9, head = 6 }}, got {shown(cells)}."
                 )
 
 

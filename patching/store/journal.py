@@ -27,7 +27,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from patching.engine import Outcome
-from patching.errors import PatchingWarning, StoreError
+from patching.errors import PatchingWarning, StoreError, shown
 from patching.identity import canonical, plain, sha256
 from patching.results import SweepResult
 from patching.store.files import to_disk, write
@@ -191,7 +191,7 @@ def _check_same(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]
         if getattr(asked, axis) is not None:
             stored[f"{axis} in a unit"], wanted[f"{axis} in a unit"] = run["size"][axis], getattr(asked, axis)
     different = [
-        f"  {key}: {_short(stored.get(key, 'nothing'))} there, {_short(wanted.get(key, 'nothing'))} asked for"
+        f"  {key}: {shown(stored.get(key, 'nothing'))} there, {shown(wanted.get(key, 'nothing'))} asked for"
         for key in sorted(stored | wanted)
         if canonical(stored.get(key)) != canonical(wanted.get(key))
     ]
@@ -224,17 +224,12 @@ def _flat(entries: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
             yield f"{above}{key}", value
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _note_session(folder: Path, manifest: dict[str, Any], environment: dict[str, Any]) -> None:
     """Write the manifest with one more start in it; warn where the machine or a version is another."""
     sessions = manifest["run"]["sessions"]
     before = dict(_flat(sessions[-1]["environment"])) if sessions else {}
     changed = [
-        f"{key}: {_short(before[key])} before, {_short(value)} now"
+        f"{key}: {shown(before[key])} before, {shown(value)} now"
         for key, value in _flat(environment)
         if key in before and before[key] != value
     ]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patching.errors import TaskError, unknown
+from patching.errors import TaskError, shown, unknown
 from patching.metrics import METRICS
 from patching.tasks.task import LABELS, AnswerRule, Corruption, Ref, Replacement, Task, Template, WordList
 from patching.typed import read_toml, stop, texts, typed
@@ -97,7 +97,7 @@ def _check_rows(name: str, entry: dict, problems: list[str]) -> None:
         problems.append(f"{where}: {unknown('key', entry['key'], columns)}")
     for row in entry["rows"]:
         if not isinstance(row, list) or len(row) != len(columns):
-            problems.append(f"{where}: the row {row!r} should have {len(columns)} words: {columns}.")
+            problems.append(f"{where}: the row {shown(row)} should have {len(columns)} words: {columns}.")
         else:
             texts(row, f"{where} row", problems)
 
@@ -201,7 +201,7 @@ class _Parser:
         ):
             self.problems.append(
                 f"{where}: expected {{ clean = SLOT }}, {{ corrupted = SLOT }} or {{ words = LIST, "
-                f"{' | '.join(ANSWER_KINDS[2:])} = SLOT }}, got {dict(entry)!r}."
+                f"{' | '.join(ANSWER_KINDS[2:])} = SLOT }}, got {shown(dict(entry))}."
             )
             return AnswerRule("clean", Ref("", ""))
         ref = self.ref(entry[kinds[0]], where)
