@@ -12,7 +12,7 @@ import torch
 from patching.checks import counted
 from patching.dataset import PatchingDataset
 from patching.errors import PairError, PatchingError, shown
-from patching.typed import typed
+from patching.typed import texts, typed
 
 REPORT = {"name": str, "model": str, "metric": str, "pairs": list, "interval": list, "prompts": list}
 PAIR = {
@@ -205,7 +205,7 @@ def _problems(plain: Any) -> list[str]:
     for number, pair in enumerate(plain["pairs"]):
         if typed(pair, PAIR, f"pair {number}", problems):
             held(pair["differing"] or [], int, f"pair {number}: differing")
-            held(pair["why"], str, f"pair {number}: why")
+            texts(pair["why"], f"pair {number}: why", problems)
     held(plain["interval"], int | float, "interval")
     held(plain["prompts"], str | list, "prompts")
     for number, prompt in enumerate(plain["prompts"]):
