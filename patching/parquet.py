@@ -6,28 +6,31 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 VALUES_PER_BYTE = 1000
-"""Values of a column for each byte of a file: more than tables of prompts or results are compressed by."""
+"""Rows for each byte of a file: more than tables of prompts or results are compressed by."""
+BATCH = 2**16
+"""Rows that memory is taken for at once, whatever a column claims to hold."""
 
 
 def parquet_table(content: bytes) -> "pa.Table":
     """The table of a Parquet file, text and lengths in it checked.
 
-    Raises what Arrow raises where the bytes do not read, and ``ValueError`` where they claim more rows
-    than they can hold, for which Arrow would take memory until there is none.
+    Raises ``ValueError`` where the bytes do not read, or hold other numbers of rows than they claim:
+    Arrow takes memory for all claimed rows of a column at once, unless it is read batch by batch. (And
+    what a column claims cannot be asked before: Arrow ends the process where its statistics are wrong.)
     """
-    from pyarrow import BufferReader
+    from pyarrow import ArrowException, BufferReader, Table
     from pyarrow.parquet import ParquetFile
 
-    file = ParquetFile(BufferReader(content))
-    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-    counts = [group.num_rows for group in groups]
-    values = [group.column(i).num_values for group in groups for i in range(group.num_columns)]
-    most = VALUES_PER_BYTE * len(content)
-    if sum(counts) != file.metadata.num_rows or not all(0 <= n <= most for n in [*counts, *values]):
-        raise ValueError(
-            f"it claims {file.metadata.num_rows:,} rows, up to {max(counts, default=0):,} in a group and "
-            f"{max(values, default=0):,} values in a column, which its {len(content):,} bytes do not hold"
-        )
-    table = file.read()
-    table.validate(full=True)  # text that is not UTF-8, lengths that lie
+    try:
+        file = ParquetFile(BufferReader(content))
+        facts = file.metadata
+        claimed = [facts.num_rows, *(facts.row_group(i).num_rows for i in range(facts.num_row_groups))]
+        if not all(0 <= rows <= VALUES_PER_BYTE * len(content) for rows in claimed):
+            raise ValueError(f"it claims {max(claimed):,} rows, which its {len(content):,} bytes do not hold")
+        table = Table.from_batches(file.iter_batches(BATCH), file.schema_arrow)
+        table.validate(full=True)  # text that is not UTF-8, lengths that lie
+    except (ArrowException, OSError, TypeError, MemoryError) as error:
+        raise ValueError(str(error)) from error
+    if not table.num_rows == facts.num_rows == sum(claimed[1:]):
+        raise ValueError(f"it claims {facts.num_rows:,} rows and holds {table.num_rows:,}")
     return table

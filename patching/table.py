@@ -115,13 +115,11 @@ def of_jsonl(path: str | Path) -> Table:
 
 def of_parquet(path: str | Path) -> Table:
     """The rows of a Parquet file, counted from 1."""
-    from pyarrow import ArrowException
-
     path, stored = _stored(path)
     try:
         read = parquet_table(stored)
         columns, values = list(read.column_names), read.to_pylist()
-    except (ArrowException, OSError, ValueError, ArithmeticError) as error:  # dates that Python has not
+    except (ValueError, ArithmeticError) as error:  # also dates that Python has not
         raise PairError(f"{path.name}: not a Parquet file that can be read: {error}") from error
     _check_names(columns, path.name)
     rows = [(f"row {number}", _without_gaps(row)) for number, row in enumerate(values, start=1)]

@@ -163,7 +163,7 @@ def _table(content: bytes, name: str, schema: pa.Schema) -> pa.Table:
     """A table of exactly these columns, without empty fields where there must be none."""
     try:
         table = parquet_table(content)
-    except (pa.ArrowException, OSError, ValueError, TypeError, MemoryError) as error:
+    except ValueError as error:
         raise StoreError(f"{name}: not a Parquet file that can be read: {_line(error)}") from error
     if not table.schema.equals(schema):
         found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
