@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from random_models import native
 from random_pairs import FourMembers, SquaredLogit, ragged_dataset, random_dataset, token_prompts
 
@@ -338,7 +339,7 @@ def files_locked(folder):
     ready, done = fork.Event(), fork.Event()
 
     def hold():
-        with journal_module.FileLock(folder / journal_module.LOCK):
+        with FileLock(folder / files.LOCK):
             ready.set()
             done.wait(60)
 

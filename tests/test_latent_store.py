@@ -1,10 +1,12 @@
 """Streams of activations: the same as in memory, resumed after a stop, read for what is most active."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from model_state import assert_same, state_of
 from random_models import model_of
 from random_pairs import FIRST_WORD, N_TOKENS
@@ -12,6 +14,7 @@ from random_pairs import FIRST_WORD, N_TOKENS
 from patching.errors import ModelError, PatchingError, SiteError
 from patching.latent import ActivationCaching, ActivationStore, attention_patterns, maximally_activating
 from patching.models import face_of
+from patching.store import files
 
 GENERATOR = torch.Generator().manual_seed(0)
 PROMPTS = [torch.randint(FIRST_WORD, N_TOKENS, (4 + n % 3,), generator=GENERATOR) for n in range(11)]
@@ -85,9 +88,44 @@ def test_a_shard_without_its_line_in_the_manifest_is_written_again(any_model, tm
 
 def test_a_finished_store_runs_nothing(any_model, tmp_path) -> None:
     stream(any_model, tmp_path)
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*")}
+    assert len(before) == 4
     stream(any_model, tmp_path)
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*")} == before
+
+
+def test_what_a_killed_run_was_writing_is_removed(any_model, tmp_path) -> None:
+    torn = tmp_path / ".shard-000001.safetensors.abc.tmp"
+    torn.write_bytes(b"half a shard")
+    store = stream(any_model, tmp_path)
+
+    assert len(store) == 11
+    assert not torn.exists()
+
+
+def test_two_processes_do_not_write_one_store(any_model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "WAIT", 0.1)
+    with FileLock(tmp_path / files.LOCK), pytest.raises(PatchingError, match="another process is writing it"):
+        stream(any_model, tmp_path)
+    assert len(stream(any_model, tmp_path)) == 11
+
+
+def test_shards_are_on_the_disk_before_the_manifest_names_them(any_model, tmp_path, monkeypatch) -> None:
+    """A full disk at any file leaves the prompts that were stored before."""
+    fsync, left = os.fsync, [5]
+
+    def full(handle):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        stream(any_model, tmp_path)
+    assert len(ActivationStore.open(tmp_path)) == 4
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert len(stream(any_model, tmp_path)) == 11
 
 
 def test_the_callback_shrinks_what_is_stored(any_model, tmp_path) -> None:
@@ -154,7 +192,7 @@ def test_nothing_is_left_behind(any_model, tmp_path) -> None:
     with pytest.raises(StopError):
         CACHING.stream(any_model, stopping_after(6), tmp_path, batch_size=4, progress=False)
     assert_same(before, state_of(any_model))
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [files.LOCK]
 
 
 # Maximally activating examples

@@ -265,6 +265,18 @@ def test_a_full_disk_leaves_nothing(stored, tmp_path, monkeypatch, after):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files have no mode there")
+def test_who_may_read_a_result_is_up_to_the_user(stored, tmp_path):
+    """Not the owner alone, as for temporary files: a result on a shared disk is for others too."""
+    before = os.umask(0o027)
+    try:
+        stored[0].save(tmp_path / "new")
+    finally:
+        os.umask(before)
+    modes = {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "new").iterdir()}
+    assert (oct((tmp_path / "new").stat().st_mode & 0o777), modes) == ("0o750", {"0o640"})
+
+
 def test_a_value_without_a_place_in_the_store_is_named(tmp_path):
     made = result({"layer": (0.5,)}, ((A,),), patched=np.zeros((1, 2)))
     with pytest.raises(StoreError, match=r"the axis 'layer' has the value 0\.5"):

@@ -11,7 +11,6 @@ report.html     all of it, to read
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from patching.errors import ExperimentError
 from patching.experiment.file import Experiment
 from patching.results import SweepResult
+from patching.store.files import write
 
 FORMAT = 1
 RUN = "run.json"
@@ -60,9 +60,7 @@ class Folder:
 
     def write(self, name: str, value: Any) -> None:
         """Write JSON, whole or not at all."""
-        part = self.path / f"{name}.part"
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, self.path / name)
+        write(self.path / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_run(path: str | Path) -> dict[str, Any]:

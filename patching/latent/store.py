@@ -1,12 +1,12 @@
 """Activations of a dataset larger than memory: a folder of safetensors shards, written in batches, resumed.
 
 ``manifest.json`` says what was asked and which shards are whole. A shard is written beside its place and
-moved there, then the manifest likewise: a run that was stopped at any moment goes on where it was.
+moved there when it is on the disk, then the manifest likewise: a run that was stopped at any moment goes
+on where it was. One process at a time writes a store.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 from patching.errors import PatchingError
 from patching.latent.points import Points
 from patching.latent.runs import Batch, batches, check_batch_size, prompts_of
+from patching.store.files import held, new_file, remove_drafts
+from patching.store.files import write as write_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -150,17 +152,18 @@ def write(
     """Runs the inputs and writes a shard for each ``batch_size`` of them, after those that are there."""
     check_batch_size(batch_size)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     asked = {"names": list(names), "batch_size": batch_size, "model": digest(points)}
-    manifest = _manifest(folder, asked)
-    prompts = prompts_of(points, inputs)
-    _skip(manifest, prompts)
-    done = len(manifest["shards"]) * batch_size
-    with tqdm(desc="caching", unit="prompt", initial=done, disable=not progress) as bar:
-        while window := list(islice(prompts, batch_size)):
-            groups = list(batches(points, window, names, batch_size=batch_size))
-            _write_shard(folder, manifest, window, groups, callback)
-            bar.update(len(window))
+    with held(folder):
+        manifest = _manifest(folder, asked)
+        remove_drafts(folder)
+        prompts = prompts_of(points, inputs)
+        _skip(manifest, prompts)
+        done = len(manifest["shards"]) * batch_size
+        with tqdm(desc="caching", unit="prompt", initial=done, disable=not progress) as bar:
+            while window := list(islice(prompts, batch_size)):
+                groups = list(batches(points, window, names, batch_size=batch_size))
+                _write_shard(folder, manifest, window, groups, callback)
+                bar.update(len(window))
     return ActivationStore(folder, manifest)
 
 
@@ -213,12 +216,11 @@ def _write_shard(
                     f"{len(group.rows)} rows, it returned {tuple(getattr(kept, 'shape', ()))}."
                 )
             tensors[f"{g}/{name}"] = kept.cpu().contiguous()
-    save_file(tensors, str(folder / f".{file}"))
-    os.replace(folder / f".{file}", folder / file)
+    with new_file(folder / file) as draft:
+        save_file(tensors, str(draft))
     shard = {"file": file, "prompts": len(window), "groups": len(groups), "tokens_sha256": _digest_of(window)}
     manifest["shards"].append(shard)
-    (folder / f".{MANIFEST}").write_text(json.dumps(manifest, indent=1), "utf-8")
-    os.replace(folder / f".{MANIFEST}", folder / MANIFEST)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def digest(points: Points) -> str:

@@ -8,23 +8,64 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from patching.errors import StoreError
+
+LOCK = ".lock"
+WAIT = 2.0
+"""Seconds to wait for the lock: the workers of a driver that was killed hold it until they notice."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder, made if need be, that this process alone writes, until it ends or is killed.
+
+    Raises :class:`StoreError` where another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=WAIT)
+    except Timeout as error:
+        raise StoreError(
+            f"{folder} is in use: another process is writing it. Wait for it, or give another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to fill, which takes its place under ``path``, or that of another, when it is complete."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    draft = Path(name)
+    try:
+        yield draft
+        draft.chmod(0o666 & ~_umask())
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    to_disk(path.parent)
 
 
 def write(path: Path, content: bytes) -> str:
     """Write a file under its name only once it is whole and on the disk; its SHA-256."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    to_disk(path.parent)
+    with new_file(path) as draft:
+        draft.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what a killed process was writing into a folder that is held."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 def to_disk(folder: Path) -> None:

@@ -15,13 +15,12 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -30,14 +29,12 @@ from patching.engine import Outcome
 from patching.errors import PatchingWarning, StoreError, shown
 from patching.identity import canonical, plain, sha256
 from patching.results import SweepResult
-from patching.store.files import to_disk, write
+from patching.store.files import LOCK, held, remove_drafts, to_disk, write
 from patching.store.folder import read_tables, write_tables
 from patching.store.manifest import NAME, read_manifest, write_manifest
 from patching.units import Part, Size, Unit
 
-PARTS, LOCK = "parts", ".lock"
-WAIT = 2.0
-"""Seconds to wait for the lock: the workers of a driver that was killed hold it until they notice."""
+PARTS = "parts"
 SUFFIX, DAMAGED = ".safetensors", ".damaged"
 
 
@@ -129,21 +126,13 @@ def journal(
     """
     folder = Path(asked.folder)
     _check_foreign(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=WAIT)
-    except Timeout as error:
-        raise StoreError(
-            f"{folder} is in use: another process is writing it. Wait for it, or give another folder."
-        ) from error
-    except OSError as error:
-        raise _unwritable(folder, 0, error) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder))
+        except OSError as error:
+            raise _unwritable(folder, 0, error) from error
         _check_foreign(folder)
         yield _opened(folder, asked, dict(identity), dict(described), size, dict(environment))
-    finally:
-        lock.release()
 
 
 def _opened(
@@ -243,8 +232,8 @@ def _note_session(folder: Path, manifest: dict[str, Any], environment: dict[str,
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     sessions.append({"started": now, "environment": environment})
     try:
-        for path in (*folder.glob(".*.tmp"), *(folder / PARTS).glob(".*.tmp")):
-            path.unlink()  # what a killed process was writing
+        remove_drafts(folder)
+        remove_drafts(folder / PARTS)
         write_manifest(folder, _stated(manifest))  # first of all: without it a folder is taken for another's
         (folder / PARTS).mkdir(exist_ok=True)
     except (OSError, UnicodeEncodeError) as error:
