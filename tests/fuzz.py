@@ -27,8 +27,12 @@ import numpy as np
 
 KEPT = Path(__file__).parents[1] / "build" / "fuzz"
 """Where inputs that crash a reader are kept."""
-LIMITS = ("-timeout=30", "-rss_limit_mb=4096")
-"""Seconds and memory after which an input has crashed its reader."""
+LIMITS = ("-timeout=300", "-rss_limit_mb=4096")
+"""Seconds and memory after which an input has crashed its reader.
+
+Every half of the seconds atheris looks at the clock, in whatever function that comes upon: within the few
+that have no builtins, as a ``NamedTuple`` is made, it stops at a KeyError of its own. So it looks rarely.
+"""
 IN_MEMORY = Path("/dev/shm")
 """Files here are never on a disk; on systems without it they lie where temporary files do."""
 COLUMNS = "{:<12} {:>12} {:>10} {:>15} {:>8}".format

@@ -215,8 +215,10 @@ def running() -> bytes:
 
 @functools.cache
 def tiny() -> Any:
-    """The embedded model, whose tokens prompts are made of."""
-    return load_tiny()
+    """The embedded model, whose tokens prompts are made of; they are kept, since most texts come again."""
+    model = load_tiny()
+    model.to_tokens = functools.lru_cache(10_000)(model.to_tokens)
+    return model
 
 
 def opened(folder: Path) -> contextlib.AbstractContextManager[journal.OpenJournal]:

@@ -176,6 +176,7 @@ def manifest_with(name: str, *place: str, value: object) -> bytes:
         ("running", manifest_with("running", "run", "size", value={"pairs": 2})),
         ("running", manifest_with("running", "run", "sessions", value={"a": 1})),
         ("running", manifest_with("running", "run", "sessions", value=[{"started": "now"}])),
+        ("running", manifest_with("running", "run", "sessions", value=[{"environment": {"a": nested(200)}}])),
         ("running", manifest_with("running", "provenance", "a", value="\ud800")),
         ("run", b"[" * 100_000),
         ("store", b"{"),

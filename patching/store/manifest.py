@@ -17,6 +17,8 @@ VERSION = 1
 """Raised with every change that an older version would read wrongly."""
 KEYS = {"format", "version", "state", "run", "result", "provenance", "files", "checksum"}
 STATES = ("finished", "running")
+DEEPEST = 100
+"""Levels of objects and lists in a manifest. More are refused before Python's own limit is near."""
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -113,20 +115,24 @@ def _file(path: Path, stated: Any) -> bytes:
     return content
 
 
-def _strict(value: Any) -> Any:
+def _strict(value: Any, levels: int = DEEPEST) -> Any:
     """Plain values as standard JSON, which has no word for NaN and the infinities."""
+    if not levels:
+        raise StoreError(f"a manifest does not hold values that are nested {DEEPEST} levels deep.")
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": str(value)}
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _strict(item, levels - 1) for key, item in value.items()}
+    return [_strict(item, levels - 1) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _loose(value: Any) -> Any:
+def _loose(value: Any, levels: int = DEEPEST) -> Any:
     """The plain values that :func:`_strict` wrote."""
+    if not levels:
+        raise RecursionError
     if isinstance(value, dict):
         special = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
         if set(value) == {"$float"} and isinstance(value["$float"], str) and value["$float"] in special:
             return special[value["$float"]]
-        return {key: _loose(item) for key, item in value.items()}
-    return [_loose(item) for item in value] if isinstance(value, list) else value
+        return {key: _loose(item, levels - 1) for key, item in value.items()}
+    return [_loose(item, levels - 1) for item in value] if isinstance(value, list) else value
