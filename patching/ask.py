@@ -8,10 +8,10 @@ from patching.engine import Request
 from patching.errors import InterventionError, PatchingError, unknown
 from patching.gradients import GradientMethod, method_of
 from patching.gradients.method import check_engine
+from patching.grid import Choice, grid
 from patching.interventions import Replacement, replacement_of
 from patching.models.face import LanguageModel
 from patching.pairs import scorer_of, token_pairs
-from patching.sites import Choice, grid
 
 DIRECTIONS = ("denoising", "noising")
 ENGINES = ("auto", "reference")

@@ -12,9 +12,10 @@ from torch import Tensor
 from patching.dataset import PatchingDataset
 from patching.engine import Outcome, Request
 from patching.engine.request import TokenPair
+from patching.grid import Asked
 from patching.identity import content_hash, model_identity, plain
 from patching.results import Direction, PairInfo, SweepResult
-from patching.sites import Asked, Site, as_cell
+from patching.sites import Site, as_cell
 
 
 def collect(

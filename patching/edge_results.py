@@ -15,8 +15,8 @@ from patching.edges.measure import Edges
 from patching.edges.paths import Paths
 from patching.edges.sets import positions_of
 from patching.engine import Outcome
+from patching.grid import Asked
 from patching.results import Aggregate, Direction, PairInfo, SweepResult
-from patching.sites import Asked
 
 WORDS = {
     "eap": "estimated by EAP",

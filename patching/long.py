@@ -15,12 +15,12 @@ from patching.distributed import Run, runner
 from patching.engine import Request
 from patching.engine.forced import ByAnswer
 from patching.errors import PatchingWarning, StoreError
+from patching.grid import Asked
 from patching.identity import canonical, code_identity, plain, sha256
 from patching.interventions import REPLACEMENTS, Custom, Replacement
 from patching.metrics import METRICS, AnswerScorer, CallableScorer, PairScorer, Scorer
 from patching.results import Direction, SweepResult
 from patching.run import bar, ready, repeats
-from patching.sites import Asked
 from patching.store.folder import describe
 from patching.store.journal import Journal, OpenJournal, journal
 from patching.store.tables import site_row

@@ -28,6 +28,7 @@ from patching.engine.cost import SweepPlan, plan
 from patching.engine.request import Request
 from patching.errors import PatchingError, PatchingWarning, SiteError, unknown
 from patching.gradients import GradientMethod, check_not_stored, check_planned, method_of
+from patching.grid import Asked, Choice
 from patching.interventions import Replacement
 from patching.long import long_sweep
 from patching.mediation import Mediation, metric_of
@@ -43,7 +44,7 @@ from patching.results import (
 )
 from patching.run import run
 from patching.screen_result import ScreenResult
-from patching.sites import Asked, Choice, Grid, Site, Sites, activation_of
+from patching.sites import Grid, Site, Sites, activation_of
 from patching.store.journal import Journal
 
 _OF_A_REQUEST = (

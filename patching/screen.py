@@ -16,10 +16,11 @@ from patching.dataset import PatchingDataset
 from patching.engine import Request
 from patching.errors import PatchingError, PatchingWarning
 from patching.gradients.moves import moves
+from patching.grid import Asked
 from patching.results import SweepResult
 from patching.run import run
 from patching.screen_result import Cells, ScreenResult
-from patching.sites import Asked, Grid
+from patching.sites import Grid
 
 
 def verified(

@@ -26,12 +26,13 @@ from patching.dataset import PatchingDataset
 from patching.engine import Request
 from patching.engine.request import EMBED, TokenPair
 from patching.errors import PairError, PatchingError
+from patching.grid import Choice, grid
 from patching.interventions import replacement_of
 from patching.models.face import LanguageModel
 from patching.pairs import scorer_of, token_pairs
 from patching.results import SweepResult
 from patching.run import run
-from patching.sites import ACTIVATIONS, Cell, Choice, Grid, Site, grid
+from patching.sites import ACTIVATIONS, Cell, Grid, Site
 
 Subject = str | int | Sequence[str | int]
 """A role, a token position, or several of either."""

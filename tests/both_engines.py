@@ -10,9 +10,9 @@ from patching import ask
 from patching.engine import Outcome, Request, exact, reference
 from patching.engine.exact import Tally
 from patching.engine.forced import by_answer
+from patching.grid import Choice
 from patching.interventions import replacement_of
 from patching.models import face_of
-from patching.sites import Choice
 
 AT_POSITIONS = (
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "result", "pre",

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "patching"
 # Floor of every room, bottom first. A room may import its own floor and those below.
 FLOORS = [
     {"errors", "typed", "parquet"},
-    {"sites", "metrics", "interventions"},
+    {"sites", "grid", "metrics", "interventions"},
     {"models", "dataset", "tasks", "tiny",
      "prompt", "checks", "prompt_pairs", "table", "rows", "subset", "validation_report"},
     {"engine", "pairs", "identity", "finite", "gradients", "edges", "ask", "run", "units", "worker",

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from patching.errors import SiteError
-from patching.sites import ACTIVATIONS, Choice, ModelShape, Site, activation_of, grid, split_layer
+from patching.grid import Choice, grid
+from patching.sites import ACTIVATIONS, ModelShape, Site, activation_of, split_layer
 
 PER_LAYER = [a.hook.removeprefix("blocks.{layer}.") for a in ACTIVATIONS.values()]
 SHAPE = ModelShape(
