@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from patching.errors import SiteError, unknown
 from patching.sites import (
@@ -96,7 +97,7 @@ class _Kind:
         grouped = "kv_head" in self.activation.axes
         return shape.n_key_value_heads if grouped else shape.n_heads
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         layer = () if self.layers is None else ("layer",)
         own = tuple("head" if a == "kv_head" else a for a in self.activation.axes)
