@@ -19,6 +19,7 @@ import torch
 from patching.engine import Request
 from patching.errors import MissingPackage, PatchingError
 from patching.sites import Cell
+from patching.submitit import Submitit
 from patching.units import Part, Parts, Unit
 from patching.worker import FORKED, Errand, Job, Load, run_unit, submit
 
@@ -28,15 +29,16 @@ Run = Callable[[Request, str, int, Sequence[Unit]], Iterable[tuple[Unit, Part]]]
 
 @dataclass(frozen=True)
 class Workers:
-    """Workers behind the ``concurrent.futures.Executor`` interface: process pools, dask, submitit.
+    """Workers behind the ``concurrent.futures.Executor`` interface (process pools, dask), or submitit's.
 
     Every worker calls ``load`` once for its model, e.g. ``functools.partial(load_model, "gpt2-small")``,
     and the driver's and the worker's weights are compared. Without ``load`` the workers must be
     processes forked from this one: a new ``ProcessPoolExecutor`` with the ``fork`` method.
     """
 
-    executor: Executor | Callable[[], Executor]
-    """A pool, or a function that makes one: then a pool that breaks is replaced, and shut down in the end."""
+    executor: Executor | Callable[[], Executor] | Any
+    """A pool, or a function that makes one: then a pool that breaks is replaced, and shut down in the end.
+    An executor of submitit has jobs instead; one that ends without an answer is submitted again."""
     load: Load | None = None
     threads: int = 1
     """Torch threads in each worker."""
@@ -70,13 +72,13 @@ def runner(executor: "Executor | Workers | RayWorkers | Literal['ray']") -> Run:
         return lambda *job: _on_ray(RayWorkers(), *job)
     if isinstance(executor, RayWorkers):
         return lambda *job: _on_ray(executor, *job)
-    if isinstance(executor, Executor):
+    if _is_pool(executor):
         return lambda *job: _on_executor(Workers(executor), *job)
     if isinstance(executor, Workers):
         return lambda *job: _on_executor(executor, *job)
     raise PatchingError(
-        "executor= takes a concurrent.futures.Executor, patching.distributed.Workers or RayWorkers, or "
-        f"'ray'; got {executor!r}."
+        "executor= takes a concurrent.futures.Executor, an executor of submitit, "
+        f"patching.distributed.Workers or RayWorkers, or 'ray'; got {executor!r}."
     )
 
 
@@ -120,7 +122,7 @@ def _on_executor(
         for future in running:
             future.cancel()
         FORKED.pop(key, None)
-        if not isinstance(workers.executor, Executor):
+        if not _is_pool(workers.executor):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -136,13 +138,27 @@ def _result(future: Future[Part]) -> Part:
         ) from error
 
 
+def _is_pool(executor: Any) -> bool:
+    """Whether it runs what it is given; a function or a class makes a pool that does."""
+    return hasattr(executor, "submit") and not isinstance(executor, type)
+
+
 def _made(workers: Workers) -> Executor:
-    return workers.executor if isinstance(workers.executor, Executor) else workers.executor()
+    given: Any = workers.executor
+    pool = given if _is_pool(given) else given()
+    if isinstance(pool, Executor):
+        return pool
+    if workers.load is None:
+        raise PatchingError(
+            "jobs of submitit load the model themselves: give Workers(executor, load=...), a function that "
+            "loads it there."
+        )
+    return Submitit(pool, workers.retries)
 
 
 def _replaced(workers: Workers, pool: Executor, broken: int, error: BrokenExecutor) -> Executor:
     """A new pool for one whose worker died; raises where that cannot be, or does not help."""
-    if isinstance(workers.executor, Executor):
+    if _is_pool(workers.executor):
         raise PatchingError(
             f"a worker died and its pool with it ({error}). Run the same sweep again with a new pool: with "
             "store= it goes on where it stopped. Workers(function that makes a pool) replaces it by itself."
@@ -153,7 +169,7 @@ def _replaced(workers: Workers, pool: Executor, broken: int, error: BrokenExecut
             "the model in each of them?"
         ) from error
     pool.shutdown(wait=False, cancel_futures=True)
-    return workers.executor()
+    return _made(workers)
 
 
 # -- Ray --------------------------------------------------------------------------------------------
@@ -162,7 +178,11 @@ def _replaced(workers: Workers, pool: Executor, broken: int, error: BrokenExecut
 def _on_ray(
     workers: RayWorkers, request: Request, engine: str, seed: int, units: Sequence[Unit]
 ) -> Iterator[tuple[Unit, Part]]:
-    """Units over Ray actors; an actor that dies is replaced and its unit handed out again."""
+    """Units over Ray actors; an actor that dies is replaced and its unit handed out again.
+
+    An actor gets a unit once it is ready: where a node is lost and there is no room for another actor,
+    those that are left do the work.
+    """
     try:
         import ray
     except ImportError as error:
@@ -173,31 +193,39 @@ def _on_ray(
     job = ray.put(Job.of(request, engine, seed, workers.threads))
     model = None if workers.load is not None else ray.put(request.model.model)
     count = min(workers.workers or _room(ray.cluster_resources(), workers), len(units))
-    idle = [actor_class.remote(job, workers.load, model) for _ in range(count)]
-    waiting, died = deque(units), 0
-    busy: dict[Any, tuple[Unit, Any]] = {}
+    waiting, idle, died = deque(units), list[Any](), 0
+    busy: dict[Any, tuple[Unit | None, Any]] = {}
+
+    def start() -> None:
+        actor = actor_class.remote(job, workers.load, model)
+        busy[actor.ready.remote()] = None, actor
+
     try:
-        while waiting or busy:
+        for _ in range(count):
+            start()
+        while waiting or any(unit is not None for unit, _ in busy.values()):
             while waiting and idle:
                 unit, actor = waiting.popleft(), idle.pop()
                 cells = request.grid.cells[unit.cells.start : unit.cells.stop]
                 busy[actor.run.remote(unit, cells)] = unit, actor
             [done], _ = ray.wait([*busy], num_returns=1)
-            unit, actor = busy.pop(done)
+            ran, actor = busy.pop(done)
             try:
                 part = ray.get(done)
             except ray.exceptions.RayActorError as error:
                 died += 1
                 if died > workers.retries:
                     raise PatchingError(f"Ray workers died {died} times in a row: {error}") from error
-                waiting.appendleft(unit)
-                idle.append(actor_class.remote(job, workers.load, model))
+                if ran is not None:
+                    waiting.appendleft(ran)
+                start()
                 continue
             except ray.exceptions.RayTaskError as error:
                 raise error.as_instanceof_cause() from error
-            died = 0
             idle.append(actor)
-            yield unit, part
+            if ran is not None:
+                died = 0
+                yield ran, part
     finally:
         for actor in itertools.chain(idle, (actor for _, actor in busy.values())):
             ray.kill(actor)
@@ -209,6 +237,9 @@ class _Actor:
     def __init__(self, job: Job, load: Load | None, model: Any) -> None:
         torch.set_num_threads(job.threads)
         self.parts = job.parts(model if load is None else load())
+
+    def ready(self) -> None:
+        """Answers when the model is there."""
 
     def run(self, unit: Unit, cells: Sequence[Cell]) -> Part:
         """Run one unit."""

@@ -25,7 +25,6 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
@@ -39,6 +38,7 @@ from patching.experiment.file import read_experiment
 from patching.experiment.folder import RUN, read_run
 from patching.identity import canonical, sha256
 from patching.latent import ActivationAddition, ActivationStore
+from patching.parquet import parquet_table
 from patching.report import sections
 from patching.report.elements import html
 from patching.results import PairInfo
@@ -365,7 +365,7 @@ def as_toml(value: Any) -> str:
 
 def rows_changed(content: bytes, random: Random, schema: pa.Schema | None = None) -> bytes:
     """A Parquet file with other rows, of the same columns if a schema says so."""
-    rows = with_change(pq.ParquetFile(pa.BufferReader(content)).read().to_pylist(), random)
+    rows = with_change(parquet_table(content).to_pylist(), random)
     return tables._bytes(pa.Table.from_pylist(rows, schema=schema))
 
 
@@ -379,7 +379,7 @@ def columns_changed(content: bytes, random: Random) -> bytes:
     """A Parquet file with other rows, or with a column of any type and any bits."""
     if random.randrange(2):
         return rows_changed(content, random)
-    table = pq.ParquetFile(pa.BufferReader(content)).read()
+    table = parquet_table(content)
     bits = pa.py_buffer(random.randbytes(16 * len(table)))
     odd = pa.Array.from_buffers(random.choice(TYPES), len(table), [None, bits])
     return tables._bytes(table.set_column(random.randrange(len(table.columns)), "clean", odd))

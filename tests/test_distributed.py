@@ -9,15 +9,20 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+import distributed
 import pytest
+import submitit
 import torch
 from random_models import MODELS, native
 from random_pairs import ragged_dataset, random_dataset
+from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from patching import ActivationPatcher, SweepResult, worker
+from patching import submitit as submitit_jobs
 from patching.distributed import Workers
 from patching.errors import MissingPackage, PatchingError, StoreError
 from patching.store import Journal
+from patching.submitit import Submitit
 
 FORK = multiprocessing.get_context("fork")
 
@@ -274,28 +279,152 @@ def test_a_worker_whose_driver_died_before_its_first_unit_ends(monkeypatch):
         worker._settle(torch.get_num_threads())
 
 
-# Ray: two local actors on two cores, started once
+# dask: a local process of two threads; submitit: jobs on this machine, as SLURM would run them
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """Other processes find the package and the test files."""
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+LOAD = functools.partial(build, next(iter(MODELS)))
+
+
+def test_dask_gives_the_same_bits(importable, tmp_path):
+    model = LOAD()
+    here = sweep(model, store=Journal(tmp_path / "here", 1, 30))
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        workers = Workers(client.get_executor(), LOAD)
+        got = sweep(model, store=Journal(tmp_path / "run", 1, 30), executor=workers)
+    assert_same_bits(got, here)
+
+
+def jobs(folder):
+    executor = submitit.AutoExecutor(folder, cluster="local")
+    executor.update_parameters(timeout_min=10)
+    return executor
+
+
+def test_jobs_of_submitit_give_the_same_bits_though_one_is_killed(importable, tmp_path):
+    model, metric = LOAD(), functools.partial(lethal, tmp_path / "mark")
+    here = sweep(model, metric=metric, store=Journal(tmp_path / "here", 4, 10_000))
+    (tmp_path / "mark").touch()
+    got = sweep(
+        model, metric=metric, store=Journal(tmp_path / "run", 4, 10_000),
+        executor=Workers(jobs(tmp_path / "jobs"), LOAD),
+    )  # fmt: skip
+    assert not (tmp_path / "mark").exists(), "it did kill"
+    assert_same_bits(got, here)
+
+
+def test_jobs_cannot_be_forked(any_model, tmp_path):
+    with pytest.raises(PatchingError, match=r"jobs of submitit load the model themselves: .*load="):
+        sweep(any_model, executor=jobs(tmp_path / "jobs"))
+
+
+class FakeJob:
+    """A job that ends as it is told."""
+
+    def __init__(self, error=None, answer=None, ended=True):
+        self.error, self.answer, self.ended, self.was_cancelled = error, answer, ended, False
+
+    def done(self):
+        return self.ended
+
+    def exception(self):
+        return self.error
+
+    def result(self):
+        return self.answer
+
+    def cancel(self, check):
+        self.was_cancelled = True
+
+
+class FakeExecutor:
+    def __init__(self, *jobs):
+        self.jobs, self.submitted = [*jobs], []
+
+    def submit(self, function):
+        self.submitted.append(function)
+        return self.jobs.pop(0)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(submitit_jobs, "SECONDS", 0.01)
+
+
+def test_a_job_without_an_answer_is_submitted_again(fast):
+    gone = UncompletedJobError("its node died")
+    executor = FakeExecutor(FakeJob(gone), FakeJob(gone), FakeJob(answer=7))
+    future = Submitit(executor, retries=2).submit(max, 3, 4)
+    assert future.result(timeout=60) == 7
+    assert [function() for function in executor.submitted] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"), [(UncompletedJobError("its node died"), 3), (FailedJobError("your metric"), 1)]
+)
+def test_a_job_that_fails_says_so(fast, error, tries):
+    """One whose function raises is not tried again."""
+    executor = FakeExecutor(*[FakeJob(error)] * 3)
+    future = Submitit(executor, retries=2).submit(max, 3, 4)
+    assert future.exception(timeout=60) is error
+    assert len(executor.submitted) == tries
+
+
+def test_jobs_that_cannot_be_looked_at_fail(fast):
+    broken = FakeJob()
+    broken.done = lambda: 1 / 0
+    executor = Submitit(FakeExecutor(broken, FakeJob(answer=7)), retries=2)
+    futures = executor.submit(max, 3, 4), executor.submit(max, 3, 4)
+    assert isinstance(futures[0].exception(timeout=60), ZeroDivisionError)
+    assert futures[1].result(timeout=60) == 7
+
+
+def test_jobs_are_cancelled_with_their_futures(fast):
+    waiting = FakeJob(ended=False)
+    executor = Submitit(FakeExecutor(waiting), retries=2)
+    future = executor.submit(max, 3, 4)
+    executor.shutdown(cancel_futures=True)
+    assert future.cancelled()
+    assert waiting.was_cancelled
+
+
+# Ray: two nodes of one core, both of them on this machine, started once
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
 @pytest.fixture(scope="module")
-def ray():
-    ray = pytest.importorskip("ray")
+def cluster():
+    import ray
+    from ray.cluster_utils import Cluster
+
     before = os.environ.get("PYTHONPATH")
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    cluster.add_node(**NODE)
     ray.init(
-        num_cpus=2,
-        include_dashboard=False,
+        address=cluster.address,
         log_to_driver=False,
-        object_store_memory=80 * 2**20,
         runtime_env={
             "env_vars": {"PYTHONPATH": os.pathsep.join([*paths, before or ""]), "HF_HUB_OFFLINE": "1"}
         },
     )
-    yield ray
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
-def test_ray_gives_the_same_bits_though_an_actor_is_killed(ray, any_model, tmp_path):
+def test_ray_gives_the_same_bits_though_an_actor_is_killed(cluster, any_model, tmp_path):
     """The model travels through the object store; the first unit kills its actor."""
     metric = functools.partial(lethal, tmp_path / "mark")
     here = sweep(any_model, metric=metric, store=Journal(tmp_path / "here", 1, 30))
@@ -304,6 +433,34 @@ def test_ray_gives_the_same_bits_though_an_actor_is_killed(ray, any_model, tmp_p
     assert not (tmp_path / "mark").exists(), "it did kill"
     assert_same_bits(got, here)
     assert_same_bits(SweepResult.load(tmp_path / "run"), here)
+
+
+def slowly(logits):
+    time.sleep(0.05)
+    return logits[:, -1, 5]
+
+
+def test_ray_gives_the_same_bits_though_a_node_is_lost(cluster, any_model, tmp_path):
+    """And there is no room for another actor: the one that is left does the rest."""
+    here = sweep(any_model, metric=slowly, store=Journal(tmp_path / "here", 1, 100))
+    parts, ended, lost = tmp_path / "run/parts", threading.Event(), []
+
+    def lose():
+        while not (parts.is_dir() and [*parts.glob("*.safetensors")]) and not ended.wait(0.02):
+            pass
+        lost.append(not ended.is_set())
+        cluster.remove_node(*cluster.worker_nodes, allow_graceful=False)
+
+    losing = threading.Thread(target=lose)
+    losing.start()
+    try:
+        got = sweep(any_model, metric=slowly, store=Journal(tmp_path / "run", 1, 100), executor="ray")
+    finally:
+        ended.set()
+        losing.join()
+        cluster.add_node(**NODE)
+    assert lost == [True], "after the first unit and before the last"
+    assert_same_bits(got, here)
 
 
 def test_ray_is_an_extra(any_model, monkeypatch):

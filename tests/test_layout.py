@@ -23,7 +23,7 @@ FLOORS = [
     {"models", "dataset", "tasks", "tiny",
      "prompt", "checks", "prompt_pairs", "table", "rows", "subset", "validation_report"},
     {"engine", "pairs", "identity", "finite", "gradients", "edges", "ask", "run", "units", "worker",
-     "distributed"},
+     "submitit", "distributed"},
     {"results", "statistics", "store", "compiled", "validation", "collect",
      "joint", "tracing", "mediation", "edge_results", "long", "circuits",
      "screen", "screen_result", "compare"},
