@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VALUES_PER_BYTE = 1000
+ROWS_PER_BYTE = 1000
 """Rows for each byte of a file: more than tables of prompts or results are compressed by."""
 BATCH = 2**16
 """Rows that memory is taken for at once, whatever a column claims to hold."""
@@ -25,7 +25,7 @@ def parquet_table(content: bytes) -> "pa.Table":
         file = ParquetFile(BufferReader(content))
         facts = file.metadata
         claimed = [facts.num_rows, *(facts.row_group(i).num_rows for i in range(facts.num_row_groups))]
-        if not all(0 <= rows <= VALUES_PER_BYTE * len(content) for rows in claimed):
+        if not all(0 <= rows <= ROWS_PER_BYTE * len(content) for rows in claimed):
             raise ValueError(f"it claims {max(claimed):,} rows, which its {len(content):,} bytes do not hold")
         table = Table.from_batches(file.iter_batches(BATCH), file.schema_arrow)
         table.validate(full=True)  # text that is not UTF-8, lengths that lie

@@ -282,12 +282,16 @@ def test_a_worker_whose_driver_died_before_its_first_unit_ends(monkeypatch):
 # dask: a local process of two threads; submitit: jobs on this machine, as SLURM would run them
 
 
+def environment():
+    """With which other processes find the package and the test files, and look for no hub."""
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+
+
 @pytest.fixture
 def importable(monkeypatch):
-    """Other processes find the package and the test files."""
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
 
 
 LOAD = functools.partial(build, next(iter(MODELS)))
@@ -408,17 +412,9 @@ def cluster():
     import ray
     from ray.cluster_utils import Cluster
 
-    before = os.environ.get("PYTHONPATH")
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     cluster.add_node(**NODE)
-    ray.init(
-        address=cluster.address,
-        log_to_driver=False,
-        runtime_env={
-            "env_vars": {"PYTHONPATH": os.pathsep.join([*paths, before or ""]), "HF_HUB_OFFLINE": "1"}
-        },
-    )
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": environment()})
     yield cluster
     ray.shutdown()
     cluster.shutdown()

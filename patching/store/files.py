@@ -128,6 +128,6 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # it cannot be read alone; meanwhile other threads make files for nobody else
     os.umask(mask)
     return mask
