@@ -86,15 +86,19 @@ def parquet_of_bad_time() -> bytes:
     return tables._bytes(pa.table({"clean": pa.array([2**62], pa.duration("s"))}))
 
 
-def parquet_that_claims_rows(name: str, where: int) -> bytes:
-    """A Parquet file of 6 rows, which in one place of its footer says that they are 2**37.
+MANY, SEVEN = b"\x80" * 5 + b"\x08", b"\x0e"
+"""2**37 and 7 as Thrift's compact protocol writes them."""
+
+
+def parquet_that_claims_rows(name: str, where: int, claim: bytes = MANY) -> bytes:
+    """A Parquet file of 6 rows, which in one place of its footer says that they are 2**37, or 7.
 
     The places are the file (0), its columns (1, 2, 3), and their row group (-1).
     """
     content = READERS[name].valid
     end = len(content) - 8
     start = end - int.from_bytes(content[end : end + 4], "little")
-    six, many = b"\x16\x0c", b"\x16" + b"\x80" * 5 + b"\x08"  # a number in Thrift's compact protocol
+    six, many = b"\x16\x0c", b"\x16" + claim
     parts = content[start:end].split(six)
     assert len(parts) > 3, "the file, its row group, and every column of it"
     at = where % (len(parts) - 1)
@@ -164,6 +168,8 @@ def manifest_with(name: str, *place: str, value: object) -> bytes:
         ("part", (2**40).to_bytes(8, "little") + b"{}"),
         ("values", b"PAR1" + b"\xff" * 40 + b"PAR1"),
         ("values", parquet_that_claims_rows("values", 0)),
+        ("values", parquet_that_claims_rows("values", 0, SEVEN)),
+        ("values", parquet_that_claims_rows("values", -1, SEVEN)),
         ("values", parquet_with_other_statistics()),
         ("values", parquet_that_claims_rows("values", -1)),
         ("signed", manifest_with("signed", "provenance", "a", value=nested(490))),
