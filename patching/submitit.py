@@ -83,7 +83,9 @@ class Submitit(Executor):
             return
         error = call.job.exception()
         if error is not None and not isinstance(error, FailedJobError) and call.retries:
-            call.job, call.retries = self._executor.submit(call.function), call.retries - 1
+            with self._lock:  # a future that is cancelled meanwhile cancels this job, not the last one
+                if not future.cancelled():
+                    call.job, call.retries = self._executor.submit(call.function), call.retries - 1
         elif future.set_running_or_notify_cancel():
             if error is None:
                 future.set_result(call.job.result())
