@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import uuid4
@@ -19,7 +20,7 @@ import torch
 from patching.engine import Request
 from patching.errors import MissingPackage, PatchingError
 from patching.sites import Cell
-from patching.submitit import Submitit
+from patching.submitit import Submitit, runs_jobs
 from patching.units import Part, Parts, Unit
 from patching.worker import FORKED, Errand, Job, Load, run_unit, submit
 
@@ -72,10 +73,10 @@ def runner(executor: "Executor | Workers | RayWorkers | Literal['ray']") -> Run:
         return lambda *job: _on_ray(RayWorkers(), *job)
     if isinstance(executor, RayWorkers):
         return lambda *job: _on_ray(executor, *job)
-    if _is_pool(executor):
-        return lambda *job: _on_executor(Workers(executor), *job)
     if isinstance(executor, Workers):
         return lambda *job: _on_executor(executor, *job)
+    if isinstance(executor, Executor) or runs_jobs(executor):
+        return lambda *job: _on_executor(Workers(executor), *job)
     raise PatchingError(
         "executor= takes a concurrent.futures.Executor, an executor of submitit, "
         f"patching.distributed.Workers or RayWorkers, or 'ray'; got {executor!r}."
@@ -89,11 +90,28 @@ def _on_executor(
     workers: Workers, request: Request, engine: str, seed: int, units: Sequence[Unit]
 ) -> Iterator[tuple[Unit, Part]]:
     """Units through an executor, each handed out again where its worker died."""
-    job = Job.of(request, engine, seed, workers.threads) if workers.load is not None else None
-    key = job.key if job is not None else uuid4().hex
-    if job is None:
-        FORKED[key] = Parts(request, engine, seed)
-    errand = Errand(key, job, workers.load, workers.threads, os.getpid())
+    with _errand(workers, request, engine, seed) as errand:
+        yield from _handed_out(workers, errand, request, units)
+
+
+@contextmanager
+def _errand(workers: Workers, request: Request, engine: str, seed: int) -> Iterator[Errand]:
+    """What workers are told; those that are forked find the job here meanwhile."""
+    if workers.load is not None:
+        job = Job.of(request, engine, seed, workers.threads)
+        yield Errand(job.key, job, workers.load, workers.threads, os.getpid())
+        return
+    key = uuid4().hex
+    FORKED[key] = Parts(request, engine, seed)
+    try:
+        yield Errand(key, None, None, workers.threads, os.getpid())
+    finally:
+        FORKED.pop(key)
+
+
+def _handed_out(
+    workers: Workers, errand: Errand, request: Request, units: Sequence[Unit]
+) -> Iterator[tuple[Unit, Part]]:
     waiting, broken = deque(units), 0
     pool = _made(workers)
     at_once = workers.at_once or 2 * (os.cpu_count() or 1)
@@ -121,8 +139,7 @@ def _on_executor(
     finally:
         for future in running:
             future.cancel()
-        FORKED.pop(key, None)
-        if not _is_pool(workers.executor):
+        if callable(workers.executor):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -138,16 +155,16 @@ def _result(future: Future[Part]) -> Part:
         ) from error
 
 
-def _is_pool(executor: Any) -> bool:
-    """Whether it runs what it is given; a function or a class makes a pool that does."""
-    return hasattr(executor, "submit") and not isinstance(executor, type)
-
-
 def _made(workers: Workers) -> Executor:
-    given: Any = workers.executor
-    pool = given if _is_pool(given) else given()
+    """The pool that was given, or one made by the function that was."""
+    pool = workers.executor() if callable(workers.executor) else workers.executor
     if isinstance(pool, Executor):
         return pool
+    if not runs_jobs(pool):
+        raise PatchingError(
+            "Workers takes a concurrent.futures.Executor, an executor of submitit, or a function that makes "
+            f"one; got {pool!r}."
+        )
     if workers.load is None:
         raise PatchingError(
             "jobs of submitit load the model themselves: give Workers(executor, load=...), a function that "
@@ -158,7 +175,7 @@ def _made(workers: Workers) -> Executor:
 
 def _replaced(workers: Workers, pool: Executor, broken: int, error: BrokenExecutor) -> Executor:
     """A new pool for one whose worker died; raises where that cannot be, or does not help."""
-    if _is_pool(workers.executor):
+    if not callable(workers.executor):
         raise PatchingError(
             f"a worker died and its pool with it ({error}). Run the same sweep again with a new pool: with "
             "store= it goes on where it stopped. Workers(function that makes a pool) replaces it by itself."

@@ -1,8 +1,10 @@
 """Jobs of submitit, on SLURM or on this machine, behind the interface of ``concurrent.futures``."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +12,12 @@ from typing import Any
 
 SECONDS = 1.0
 """Between two looks at the jobs."""
+
+
+def runs_jobs(executor: Any) -> bool:
+    """Whether it is an executor of submitit; where nobody has imported that, there is none."""
+    submitit = sys.modules.get("submitit")
+    return submitit is not None and isinstance(executor, submitit.Executor)
 
 
 @dataclass
@@ -47,12 +55,12 @@ class Submitit(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Cancel the jobs that run, or wait for them, as asked."""
-        for future in [*self._calls]:
-            if cancel_futures:
+        """Cancel the jobs that run, wait for them, or neither."""
+        if cancel_futures:
+            for future in [*self._calls]:
                 future.cancel()
-            elif wait:
-                future.exception()
+        if wait:
+            futures.wait([*self._calls])
 
     def _drop(self, future: Future[Any]) -> None:
         with self._lock:
@@ -86,8 +94,10 @@ class Submitit(Executor):
             with self._lock:  # a future that is cancelled meanwhile cancels this job, not the last one
                 if not future.cancelled():
                     call.job, call.retries = self._executor.submit(call.function), call.retries - 1
-        elif future.set_running_or_notify_cancel():
+            return
+        answer = call.job.result() if error is None else None
+        if future.set_running_or_notify_cancel():
             if error is None:
-                future.set_result(call.job.result())
+                future.set_result(answer)
             else:
                 future.set_exception(error)

@@ -330,6 +330,22 @@ def test_jobs_of_submitit_give_the_same_bits_though_one_is_killed(importable, tm
 def test_jobs_cannot_be_forked(any_model, tmp_path):
     with pytest.raises(PatchingError, match=r"jobs of submitit load the model themselves: .*load="):
         sweep(any_model, executor=jobs(tmp_path / "jobs"))
+    assert not worker.FORKED, "the model is let go of"
+
+
+class Client:
+    """Has a ``submit`` of its own, as dask's client has, and is no executor."""
+
+    def submit(self, function):
+        raise AssertionError("nothing is submitted")
+
+
+def test_what_only_looks_like_an_executor_is_told_apart(any_model):
+    with pytest.raises(PatchingError, match=r"executor= takes .*; got <.*Client object"):
+        sweep(any_model, executor=Client())
+    for made in (Client(), Client):
+        with pytest.raises(PatchingError, match=r"Workers takes .*; got <.*Client object"):
+            sweep(any_model, executor=Workers(made, LOAD))
 
 
 class FakeJob:
@@ -391,6 +407,21 @@ def test_jobs_that_cannot_be_looked_at_fail(fast):
     futures = executor.submit(max, 3, 4), executor.submit(max, 3, 4)
     assert isinstance(futures[0].exception(timeout=60), ZeroDivisionError)
     assert futures[1].result(timeout=60) == 7
+
+
+def test_an_answer_that_cannot_be_read_is_an_error(fast):
+    lost = FakeJob()
+    lost.result = lambda: 1 / 0
+    executor = Submitit(FakeExecutor(lost, FakeJob(answer=7)), retries=2)
+    futures = executor.submit(max, 3, 4), executor.submit(max, 3, 4)
+    assert isinstance(futures[0].exception(timeout=60), ZeroDivisionError)
+    assert futures[1].result(timeout=60) == 7
+
+
+def test_jobs_are_waited_for(fast):
+    with Submitit(FakeExecutor(FakeJob(answer=7), FakeJob(answer=8)), retries=2) as executor:
+        futures = executor.submit(max, 3, 4), executor.submit(max, 3, 4)
+    assert [future.done() for future in futures] == [True, True]
 
 
 def test_jobs_are_cancelled_with_their_futures(fast):
