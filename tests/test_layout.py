@@ -215,7 +215,7 @@ def test_the_two_tested_sets_differ_in_transformer_lens_only() -> None:
 
 
 def runs_files(source: str) -> list[str]:
-    """Ways in which loading a file could run it: pickle, and torch.load, which unpickles."""
+    """Ways in which loading could run what it reads: pickle, torch.load, and code from the model hub."""
     risky = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -229,10 +229,12 @@ def runs_files(source: str) -> list[str]:
             found += ["torch.load"] if getattr(node.value, "id", "") == "torch" else []
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             found += ["allow_pickle"] if getattr(node.value, "value", True) else []
+        elif "trust_remote_code" in (getattr(node, "arg", None), getattr(node, "value", None)):
+            found.append("trust_remote_code")
     return found
 
 
-def test_no_file_is_ever_unpickled() -> None:
+def test_nothing_that_is_read_is_ever_run() -> None:
     found = {path.name: runs_files(path.read_text("utf-8")) for path in sources()}
     assert not {name: what for name, what in found.items() if what}
 
@@ -245,9 +247,11 @@ def test_no_file_is_ever_unpickled() -> None:
         "import torch\ntorch.load('x')",
         "from torch import load",
         "np.load('x', allow_pickle=True)",
+        "from_pretrained('x', trust_remote_code=True)",
+        "from_pretrained('x', **{'trust_remote_code': True})",
     ],
 )
-def test_an_unpickling_would_be_seen(source: str) -> None:
+def test_what_could_run_it_would_be_seen(source: str) -> None:
     assert runs_files(source)
 
 
